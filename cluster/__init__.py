@@ -1,0 +1,1 @@
+"""Correspondence: descriptors in, labels out. Knows nothing of images or networks."""

@@ -1,0 +1,97 @@
+"""One round of correspondence: descriptor shards in, label shards out.
+
+A sample over all shards trains k-means; then every shard is assigned by itself. The only values that travel are
+row numbers, centroids and per-cluster sums.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import numpy as np
+
+from cluster import storage
+from cluster.actor import assign_shard_task
+from cluster.dispatch import ShardMap
+from cluster.kmeans import KMeansResult, sample_rows
+from cluster.shards import Labels
+
+Sample = Sequence[tuple[str, np.ndarray]]
+"""(descriptor shard URL, row numbers) pairs."""
+
+FitKMeans = Callable[[Sample, np.ndarray | None], KMeansResult]
+"""Fits centroids on a sample, from given start centroids or none."""
+
+
+@dataclass(frozen=True)
+class Correspondence:
+    """What a round of correspondence found.
+
+    Attributes:
+        kmeans: the fit.
+        thresholds: float32 (K,): a label stays where its squared distance is below its cluster's.
+        population: int64 (K,): labels of each cluster that stay, over the corpus.
+        images: number of images.
+    """
+
+    kmeans: KMeansResult
+    thresholds: np.ndarray
+    population: np.ndarray
+    images: int
+
+
+def descriptors_url(round_url: str, shard: str) -> str:
+    """Where a round keeps the descriptors of an image shard."""
+    return storage.join(round_url, "descriptors", shard.removesuffix(".tar") + ".npz")
+
+
+def labels_url(round_url: str, shard: str) -> str:
+    """Where a round keeps the labels of an image shard."""
+    return storage.join(round_url, "labels", shard.removesuffix(".tar") + ".npz")
+
+
+def correspond(
+    round_url: str,
+    rows_per_shard: dict[str, int],
+    fit: FitKMeans,
+    run_on_shards: ShardMap,
+    *,
+    sample: int,
+    seed: int,
+    start: np.ndarray | None,
+) -> Correspondence:
+    """Clusters a round's descriptors and labels every image.
+
+    Args:
+        round_url: directory of the round; its descriptor shards are there already.
+        rows_per_shard: image shard file name to number of descriptors.
+        fit: k-means.
+        run_on_shards: runs the assignment.
+        sample: descriptors that k-means trains on.
+        seed: of the sample.
+        start: centroids (K, D) of the previous round.
+
+    Raises:
+        ValueError: if there are fewer distinct descriptors than clusters.
+
+    Source: Mallis et al. 2020, section 3.2.
+    """
+    shards = sorted(rows_per_shard)
+    rows = sample_rows([rows_per_shard[shard] for shard in shards], sample, seed)
+    pairs = zip(shards, rows, strict=True)
+    kmeans = fit([(descriptors_url(round_url, shard), chosen) for shard, chosen in pairs], start)
+    statistics = run_on_shards(
+        assign_shard_task,
+        [(descriptors_url(round_url, s), labels_url(round_url, s), kmeans.centroids) for s in shards],
+    )
+    thresholds = reduce(add, statistics).thresholds()
+    counted = run_on_shards(_population, [(labels_url(round_url, shard), thresholds) for shard in shards])
+    return Correspondence(
+        kmeans, thresholds, np.sum([population for population, _ in counted], 0), sum(n for _, n in counted)
+    )
+
+
+def _population(url: str, thresholds: np.ndarray) -> tuple[np.ndarray, int]:
+    labels = Labels.load(url)
+    return np.bincount(labels.below(thresholds).cluster, minlength=len(thresholds)), len(labels)

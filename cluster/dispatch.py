@@ -1,0 +1,78 @@
+"""Running one pure function over many shards: in this process, or as Ray tasks on any node."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class ShardMap(Protocol):
+    """Applies a function to argument tuples and returns the results in their order."""
+
+    def __call__(self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> list[T]:
+        """Runs `function(*arguments[i])` for every i."""
+        ...
+
+
+def map_serially(function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> list[T]:
+    """One after the other in this process."""
+    return [function(*items) for items in arguments]
+
+
+class RayMap:
+    """Ray tasks, retried when a node is lost, no more in flight than the cluster has CPUs.
+
+    The bound, not the CPU share of a task, keeps memory and threads in check: while a round is computed
+    the training workers wait, but Ray still counts their CPUs as taken.
+    """
+
+    def __init__(self, num_cpus: float, progress: Callable[[int, int], None] | None = None) -> None:
+        """Remembers what a task takes.
+
+        Args:
+            num_cpus: CPUs that Ray sets aside per task.
+            progress: called with (done, total) whenever a shard is finished.
+        """
+        self.num_cpus = num_cpus
+        self.progress = progress
+
+    def __call__(self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> list[T]:
+        """See `ShardMap`.
+
+        Raises:
+            Exception: what the function raised on a shard; shards not yet begun are not run.
+        """
+        import ray
+
+        task = ray.remote(_call).options(num_cpus=self.num_cpus, max_retries=3, scheduling_strategy="SPREAD")
+        window = max(2, int(ray.cluster_resources().get("CPU", 1)))
+        results: dict[int, T] = {}
+        running: dict[Any, int] = {}
+        for number, items in enumerate(arguments):
+            if len(running) >= window:
+                self._collect(running, results, len(arguments))
+            running[task.remote(function, *items)] = number
+        while running:
+            self._collect(running, results, len(arguments))
+        return [results[number] for number in range(len(arguments))]
+
+    def _collect(self, running: dict[Any, int], results: dict[int, T], total: int) -> None:
+        import ray
+
+        done, _ = ray.wait(list(running), num_returns=1)
+        try:
+            results[running.pop(done[0])] = ray.get(done[0])
+        except ray.exceptions.RayTaskError as error:
+            for reference in running:
+                ray.cancel(reference)
+            raise error.as_instanceof_cause() from None
+        if self.progress:
+            self.progress(len(results), total)
+
+
+def _call(function: Callable[..., T], *arguments: Any) -> T:
+    """Ray runs one task with a function as argument, so that Ray exports it once for all functions."""
+    import torch
+
+    torch.set_num_threads(1)
+    return function(*arguments)

@@ -1,0 +1,246 @@
+"""k-means over a sample of descriptors: cuML on a GPU, torch everywhere, one interface.
+
+Shape letters: N rows, K clusters, D descriptor size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+Backend = Literal["auto", "torch", "cuml"]
+
+CHUNK = 16_384  # rows whose distances to all centroids are held at once
+SEEDING_ROWS = 50_000  # k-means++ looks at no more rows than this
+
+
+@dataclass(frozen=True)
+class KMeansResult:
+    """A fitted clustering.
+
+    Attributes:
+        centroids: float32 (K, D).
+        inertia: mean squared L2 distance of a row to its nearest centroid.
+        counts: int64 (K,): rows nearest to each centroid.
+        iterations: Lloyd steps taken.
+        backend: "torch" or "cuml".
+        empty: clusters without a row; they keep their previous centroid.
+    """
+
+    centroids: np.ndarray
+    inertia: float
+    counts: np.ndarray
+    iterations: int
+    backend: str
+    empty: int
+
+
+def choose_backend(requested: Backend = "auto") -> Literal["torch", "cuml"]:
+    """Decides what computes: "auto" takes cuML where a GPU is usable, torch elsewhere.
+
+    Raises:
+        ValueError: if the name is unknown.
+        RuntimeError: if cuML is asked for where there is no GPU or no cuML.
+    """
+    if requested not in ("auto", "torch", "cuml"):
+        raise ValueError(f"k-means backend {requested!r} is unknown; take auto, torch or cuml")
+    if requested == "torch":
+        return "torch"
+    obstacle = _cuml_obstacle()
+    if obstacle is None:
+        return "cuml"
+    if requested == "cuml":
+        raise RuntimeError(f"k-means backend cuml cannot run here: {obstacle}; take backend torch or auto")
+    return "torch"
+
+
+def fit(
+    x_ND: np.ndarray,
+    clusters: int,
+    *,
+    iterations: int = 100,
+    tolerance: float = 1e-4,
+    seed: int = 0,
+    start: np.ndarray | None = None,
+    backend: Backend = "auto",
+) -> KMeansResult:
+    """Clusters rows by Lloyd's algorithm, seeded by k-means++ or by given centroids.
+
+    On the CPU the result is a function of the arguments and the number of threads.
+
+    Args:
+        x_ND: rows, any float type; computed in float32.
+        clusters: K.
+        iterations: most Lloyd steps.
+        tolerance: stops when the summed squared shift of the centroids is at most this share of the mean
+            variance of a column.
+        seed: of the seeding.
+        start: centroids (K, D) to start from, such as the previous round's: clusters keep their numbers.
+        backend: see `choose_backend`.
+
+    Raises:
+        ValueError: if there are fewer distinct rows than clusters, a row is not finite, or shapes disagree.
+        RuntimeError: if cuML is asked for where it cannot run.
+
+    Source: Mallis et al. 2020, section 3.2; seeding: Arthur and Vassilvitskii 2007.
+    """
+    x_ND = np.ascontiguousarray(x_ND, dtype=np.float32)
+    _check(x_ND, clusters, start)
+    chosen = choose_backend(backend)
+    solve = _solve_cuml if chosen == "cuml" else _solve_torch
+    centroids_KD, steps = solve(x_ND, clusters, iterations, tolerance, seed, start)
+
+    x, centroids = _to_device(x_ND), _to_device(centroids_KD)
+    _, counts, total = _step(x, centroids)
+    return KMeansResult(
+        centroids=centroids_KD,
+        inertia=total / len(x_ND),
+        counts=counts.cpu().numpy(),
+        iterations=steps,
+        backend=chosen,
+        empty=int((counts == 0).sum()),
+    )
+
+
+def sample_rows(rows_per_shard: Sequence[int], size: int, seed: int) -> list[np.ndarray]:
+    """Draws rows uniformly without replacement over all shards, needing the memory of one shard.
+
+    Args:
+        rows_per_shard: rows that each shard has.
+        size: rows to draw; all rows where there are no more.
+        seed: of the draw.
+
+    Returns:
+        For each shard its sorted row indices, int64.
+
+    Raises:
+        ValueError: if the size is negative.
+    """
+    if size < 0:
+        raise ValueError(f"a sample of {size} rows cannot be drawn")
+    if size >= sum(rows_per_shard):
+        return [np.arange(rows, dtype=np.int64) for rows in rows_per_shard]
+    rng = np.random.default_rng(seed)
+    shares = rng.multivariate_hypergeometric(list(rows_per_shard), size)
+    return [
+        np.sort(rng.choice(rows, share, replace=False, shuffle=False)).astype(np.int64)
+        for rows, share in zip(rows_per_shard, shares, strict=True)
+    ]
+
+
+def _check(x_ND: np.ndarray, clusters: int, start: np.ndarray | None) -> None:
+    if x_ND.ndim != 2:
+        raise ValueError(f"k-means needs rows (N, D), not an array of shape {x_ND.shape}")
+    if clusters < 1:
+        raise ValueError(f"k-means needs at least 1 cluster, not {clusters}")
+    broken = len(x_ND) - int(np.isfinite(x_ND).all(axis=1).sum())
+    if broken:
+        raise ValueError(f"{broken} of {len(x_ND)} descriptors are not finite; drop them before k-means")
+    distinct = _count_distinct(x_ND, enough=clusters)
+    if distinct < clusters:
+        raise ValueError(
+            f"{clusters} clusters need at least as many distinct descriptors, and there are only {distinct} "
+            f"({len(x_ND)} in all); take fewer clusters or find more keypoints"
+        )
+    if start is not None and start.shape != (clusters, x_ND.shape[1]):
+        raise ValueError(f"start centroids have shape {start.shape}, needed is {(clusters, x_ND.shape[1])}")
+
+
+def _count_distinct(x_ND: np.ndarray, enough: int) -> int:
+    """Distinct rows, counted no further than `enough`, so that real data is hardly looked at."""
+    seen: set[bytes] = set()
+    for row_D in x_ND:
+        seen.add((row_D + 0).tobytes())  # + 0 makes -0.0 equal 0.0
+        if len(seen) >= enough:
+            break
+    return len(seen)
+
+
+def _to_device(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _solve_torch(
+    x_ND: np.ndarray, clusters: int, iterations: int, tolerance: float, seed: int, start: np.ndarray | None
+) -> tuple[np.ndarray, int]:
+    if start is None:
+        start = _plus_plus(x_ND, clusters, np.random.default_rng(seed))
+    x, centroids = _to_device(x_ND), _to_device(start.astype(np.float32))
+    small = tolerance * float(x.var(dim=0, correction=0).mean())
+    for step in range(1, iterations + 1):
+        previous = centroids
+        centroids, _, _ = _step(x, previous)
+        if float((centroids - previous).square().sum()) <= small:
+            return centroids.cpu().numpy(), step
+    return centroids.cpu().numpy(), iterations
+
+
+def _step(x_ND: torch.Tensor, centroids_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """One Lloyd step: the new centroids, and the old ones' counts and total squared distance."""
+    clusters = len(centroids_KD)
+    sums = torch.zeros_like(centroids_KD, dtype=torch.float64)
+    counts = torch.zeros(clusters, dtype=torch.int64, device=x_ND.device)
+    total = torch.zeros((), dtype=torch.float64, device=x_ND.device)
+    norm_K = centroids_KD.square().sum(dim=1)
+    for chunk in torch.split(x_ND, CHUNK):
+        partial, nearest = torch.addmm(norm_K, chunk, centroids_KD.T, alpha=-2).min(dim=1)
+        sums += torch.zeros_like(centroids_KD).index_add_(0, nearest, chunk)
+        counts += torch.bincount(nearest, minlength=clusters)
+        total += (partial + chunk.square().sum(dim=1)).clamp(min=0).sum(dtype=torch.float64)
+    means = (sums / counts.clamp(min=1)[:, None]).float()
+    return torch.where((counts > 0)[:, None], means, centroids_KD), counts, float(total)
+
+
+def _plus_plus(x_ND: np.ndarray, clusters: int, rng: np.random.Generator) -> np.ndarray:
+    """k-means++: each further centroid is a row drawn in proportion to its squared distance."""
+    if len(x_ND) > SEEDING_ROWS:
+        drawn = x_ND[np.sort(rng.choice(len(x_ND), SEEDING_ROWS, replace=False, shuffle=False))]
+        x_ND = drawn if _count_distinct(drawn, clusters) == clusters else x_ND
+    x = _to_device(x_ND)
+    chosen = [int(rng.integers(len(x)))]
+    nearest = torch.full((len(x),), torch.inf, device=x.device)
+    while len(chosen) < clusters:
+        # without a matrix product a copy of a chosen row is at distance 0 exactly, so it's never drawn
+        latest = torch.cdist(x, x[chosen[-1], None], compute_mode="donot_use_mm_for_euclid_dist")
+        nearest = torch.minimum(nearest, latest[:, 0].square())
+        cumulative = nearest.cumsum(0, dtype=torch.float64)
+        mark = cumulative[-1:] * rng.random()
+        chosen.append(min(int(torch.searchsorted(cumulative, mark, right=True)), len(x) - 1))
+    return x_ND[chosen]
+
+
+def _cuml_obstacle() -> str | None:
+    """Why cuML can't run here, or None. It imports without a GPU, so the import alone decides nothing."""
+    try:
+        import cupy
+    except ImportError:
+        return "cupy is not installed (extra gpu)"
+    if not cupy.cuda.is_available():
+        return "no usable GPU"
+    try:
+        import cuml  # noqa: F401
+    except ImportError:
+        return "cuml is not installed (extra gpu)"
+    return None
+
+
+def _solve_cuml(
+    x_ND: np.ndarray, clusters: int, iterations: int, tolerance: float, seed: int, start: np.ndarray | None
+) -> tuple[np.ndarray, int]:
+    from cuml.cluster import KMeans
+
+    # cuML compares the summed squared shift with `tol` itself, so the data's scale is put in here
+    model = KMeans(
+        n_clusters=clusters,
+        max_iter=iterations,
+        tol=tolerance * float(x_ND.var(axis=0).mean()),
+        random_state=seed,
+        init="scalable-k-means++" if start is None else np.ascontiguousarray(start, dtype=np.float32),
+        n_init=1,
+        output_type="numpy",
+    )
+    model.fit(x_ND)
+    centroids_KD = np.ascontiguousarray(model.cluster_centers_, dtype=np.float32)
+    return centroids_KD, int(model.n_iter_)

@@ -1,0 +1,1 @@
+"""Self-training of object landmarks: corpora, keypoints, network, losses, stages, scoring and pictures."""

@@ -1,0 +1,120 @@
+"""Weights and optimizer state on disk: safetensors and a JSON record, complete or absent.
+
+A checkpoint is a directory named by its optimizer step. Its record is written last and holds the hash of every
+file, so the latest directory whose record and hashes agree is the one to go on from.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from cluster import storage
+
+logger = logging.getLogger(__name__)
+
+KEEP = 2
+"""Checkpoints that are kept; the older one is there if the newer is damaged."""
+
+
+class CheckpointRecord(BaseModel):
+    """Where training stood.
+
+    Attributes:
+        step: optimizer steps taken in the whole run.
+        phase: index of the phase in the run's plan.
+        phase_step: steps taken in that phase.
+        stage: 1 or 2.
+        settings: sha256 of the run's settings.
+        files: name to sha256.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int
+    phase: int
+    phase_step: int
+    stage: int
+    settings: str
+    files: dict[str, str]
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 of a model's weights."""
+    return storage.sha256(save(_plain(model.state_dict())))
+
+
+def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as named tensors, "3.square_avg" for parameter 3."""
+    return {
+        f"{index}.{name}": torch.as_tensor(value)
+        for index, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Puts back what `optimizer_tensors` took out."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def write_checkpoint(
+    directory: str, model: nn.Module, optimizer: torch.optim.Optimizer, **position: Any
+) -> CheckpointRecord:
+    """Writes a checkpoint and removes those older than the last `KEEP`.
+
+    Args:
+        directory: the run's checkpoints directory.
+        model: without DDP wrapper.
+        optimizer: its optimizer.
+        **position: fields of `CheckpointRecord`, without files.
+    """
+    url = storage.join(directory, f"{position['step']:010d}")
+    contents = {
+        "model.safetensors": save(_plain(model.state_dict())),
+        "optimizer.safetensors": save(_plain(optimizer_tensors(optimizer))),
+    }
+    for name, data in contents.items():
+        storage.write_bytes(storage.join(url, name), data)
+    hashes = {name: storage.sha256(data) for name, data in contents.items()}
+    record = CheckpointRecord(files=hashes, **position)
+    storage.write_json(storage.join(url, "record.json"), record.model_dump())
+    for old in storage.list_names(directory)[:-KEEP]:
+        storage.remove(storage.join(directory, old))
+    return record
+
+
+def latest_checkpoint(directory: str) -> tuple[CheckpointRecord, dict[str, dict[str, Tensor]]] | None:
+    """The newest checkpoint that is complete and undamaged, with its tensors by file name.
+
+    Damaged ones are named in a warning and passed over.
+    """
+    for name in reversed(storage.list_names(directory)):
+        url = storage.join(directory, name)
+        if not storage.exists(storage.join(url, "record.json")):
+            continue
+        try:
+            record = CheckpointRecord.model_validate(storage.read_json(storage.join(url, "record.json")))
+            return record, {file: _load_checked(url, file, digest) for file, digest in record.files.items()}
+        except (ValueError, ValidationError, FileNotFoundError) as error:
+            logger.warning("checkpoint %s is passed over: %s", url, error)
+    return None
+
+
+def _load_checked(url: str, file: str, digest: str) -> dict[str, Tensor]:
+    data = storage.read_bytes(storage.join(url, file))
+    if storage.sha256(data) != digest:
+        raise ValueError(f"{file} does not match its recorded hash")
+    tensors: dict[str, Tensor] = load(data)
+    return tensors

@@ -1,0 +1,267 @@
+"""Everything a run can be told, in one typed tree, and the presets.
+
+Every model is frozen and refuses unknown keys. Defaults are the published values (Mallis et al. 2020, section 4 and supplementary
+material; CelebA); a preset states only what differs.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from sst.augment import STRONGER, Augmentation
+from sst.geometry import STRIDE
+from sst.network import NetworkShape
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Rate = Annotated[float, Field(gt=0.0)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NetworkSettings(Settings):
+    """Size of network and input."""
+
+    input_size: Positive = 256
+    """Side of the square network input, in pixels."""
+    width: Positive = 256
+    """Channels of the hourglass."""
+    depth: Positive = 4
+    """Levels of the hourglass."""
+    groups: Positive = 32
+    """Groups of every GroupNorm."""
+    descriptor_size: Positive = 256
+    """Channels of the descriptor head."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        step = STRIDE * 2**self.depth
+        if self.input_size % step:
+            raise ValueError(f"input_size {self.input_size} must be a multiple of 4 * 2**depth = {step}")
+        if self.width % (8 * self.groups):
+            raise ValueError(f"width {self.width} must be a multiple of 8 * groups = {8 * self.groups}")
+        return self
+
+    @property
+    def shape(self) -> NetworkShape:
+        """What the network itself needs to know."""
+        return NetworkShape(self.width, self.depth, self.groups, self.descriptor_size)
+
+
+class KeypointSettings(Settings):
+    """First keypoints (stage 0)."""
+
+    patch: Rate = 28.0
+    """Size of the upright RootSIFT descriptor, in pixels of a 256 px view."""
+    most: Positive = 60
+    """At most this many keypoints per image, strongest first."""
+    outlier_share: Share = 0.4
+    """Share of keypoints dropped as outliers, the most isolated descriptors first."""
+    outlier_neighbours: Positive = 100
+    """Neighbours among the reference descriptors whose median distance is a keypoint's outlier score."""
+    outlier_reference: Positive = 500_000
+    """Descriptors, drawn over the whole corpus, among which neighbours are searched."""
+
+
+class ClusterSettings(Settings):
+    """k-means and correspondence."""
+
+    clusters: Annotated[int, Field(ge=2, le=32_000)] = 100
+    """Number of clusters K."""
+    iterations: Positive = 100
+    """k-means iterations at most."""
+    sample: Positive = 500_000
+    """Descriptors that k-means trains on, drawn evenly over all shards."""
+    backend: Literal["auto", "cuml", "torch"] = "auto"
+    """cuml needs a GPU; torch runs anywhere; auto takes cuml where a GPU is, and says which it took."""
+    warm_start: bool = True
+    """Start from the previous round's centroids, so that cluster identities persist."""
+
+
+class Stage1Settings(Settings):
+    """Detector and descriptor, alternating with correspondence."""
+
+    warmup_iterations: Count = 20_000
+    """Optimizer steps on the first labels; 0 skips stage 1 altogether."""
+    rounds: Count = 30
+    """Correspondence rounds, each followed by `round_iterations`."""
+    round_iterations: Positive = 10_000
+    """Optimizer steps of a round: one cosine cycle."""
+    pairs: Positive = 16
+    """Pairs of views per step, over all workers."""
+    learning_rate: Rate = 5e-4
+    """Start of each cosine cycle."""
+    last_learning_rate: Rate = 5e-6
+    """End of each cosine cycle."""
+    cosine_steps: Positive = 5
+    """Steps in which the rate falls during a cycle."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-5
+    """Of RMSprop."""
+    min_labels: Count = 9
+    """Images with fewer labelled points are not used."""
+    different_share: Share = 0.5
+    """Share of pairs whose views come from two different images."""
+    margin: Rate = 0.8
+    """Descriptors of different clusters are pushed this far apart."""
+    descriptor_weight: Rate = 10.0
+    """Weight of the descriptor loss."""
+    detector_weight: Rate = 1.0
+    """Weight of the detector loss."""
+    detector_target: Literal["cell", "bump"] = "cell"
+    """What the detector learns to draw at a label: a single cell (published), or the bump of stage 2, which a short
+    schedule learns sooner."""
+    threshold: Share = 0.2
+    """Detector confidence above which a keypoint is taken in a round."""
+    augmentation: Augmentation = Augmentation()
+    """Random changes of each view."""
+
+
+class Stage2Settings(Settings):
+    """The landmark detector."""
+
+    iterations: Positive = 80_000
+    """Optimizer steps."""
+    batch: Positive = 64
+    """Images per step, over all workers."""
+    learning_rate: Rate = 5e-4
+    """At the start; a tenth after each milestone."""
+    milestones: tuple[Count, ...] = (50_000, 65_000)
+    """Steps after which the learning rate falls to a tenth."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-5
+    """Of RMSprop."""
+    min_population: Count = 500
+    """Clusters with this many labelled points or fewer are inactive."""
+    merge_after: Count = 25_000
+    """Step of the first merging of clusters that name the same place."""
+    merge_every_epochs: Positive = 2
+    """Passes over the training images between two mergings."""
+    merge_every: Positive | None = None
+    """Steps between two mergings, instead of epochs; for short schedules."""
+    merge_share: Share = 0.7
+    """Two channels are one place where they coincide in more than this share of the less populated one's images."""
+    merge_radius: Rate = 5.7
+    """Within this distance, in pixels of a 256 px view, two landmarks coincide."""
+    visible: Share = 0.2
+    """Confidence from which a landmark counts as visible."""
+    augmentation: Augmentation = STRONGER
+    """Random changes of each image."""
+
+
+class ResourceSettings(Settings):
+    """What a run takes of its machine or cluster."""
+
+    workers: Positive = 2
+    """DDP workers."""
+    worker_cpus: Rate = 0.9
+    """CPUs that Ray sets aside per worker; the rest is left to the tasks of a round."""
+    worker_gpus: Share = 0.9
+    """GPUs per worker, where the cluster has any; the rest is left to the k-means actor."""
+    kmeans_gpus: Share = 0.1
+    """GPUs of the k-means actor, where the cluster has any."""
+    gpu: bool | None = None
+    """Train on GPUs; unset: where the cluster has enough of them."""
+    precision: Literal["bf16", "float32"] = "bf16"
+    """Arithmetic of convolutions; weights, losses and optimizer are always float32."""
+    max_failures: Count = 3
+    """Lost workers that a run survives before it gives up; submit it again to go on."""
+    checkpoint_steps: Positive = 1_000
+    """Optimizer steps between two checkpoints inside a phase."""
+
+
+class TrainSettings(Settings):
+    """One run: method and resources. Where it lies and what it reads is told beside it."""
+
+    seed: Count = 0
+    """All randomness of the run derives from it."""
+    network: NetworkSettings = NetworkSettings()
+    keypoints: KeypointSettings = KeypointSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    stage1: Stage1Settings = Stage1Settings()
+    stage2: Stage2Settings = Stage2Settings()
+    resources: ResourceSettings = ResourceSettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        workers = self.resources.workers
+        for name, size in (("stage1.pairs", self.stage1.pairs), ("stage2.batch", self.stage2.batch)):
+            if size % workers:
+                raise ValueError(f"{name} {size} must be a multiple of resources.workers {workers}")
+        if self.stage1.rounds and not self.stage1.warmup_iterations:
+            raise ValueError(
+                "stage1.rounds needs stage1.warmup_iterations above 0: untrained descriptors cannot be clustered"
+            )
+        if self.stage1.warmup_iterations and self.stage1.pairs < 2 * workers:
+            raise ValueError(
+                f"stage1.pairs {self.stage1.pairs} must be at least 2 per worker: "
+                "a pair's second image is another one of the batch"
+            )
+        return self
+
+
+PRESETS: dict[str, tuple[str, TrainSettings]] = {
+    "celeba": ("CelebA faces, published schedule", TrainSettings()),
+    "ls3d": ("300W-LP and LS3D-W faces, published schedule", TrainSettings()),
+    "human36m": (
+        "Human3.6M bodies, published schedule, 250 clusters",
+        TrainSettings(cluster=ClusterSettings(clusters=250)),
+    ),
+    "faces-cpu": (
+        "any faces on 2 CPU cores in half an hour: 96 px input, a network of 0.35 M parameters, 30 clusters",
+        TrainSettings(
+            network=NetworkSettings(input_size=96, width=64, depth=3, groups=8, descriptor_size=64),
+            keypoints=KeypointSettings(outlier_reference=10_000, outlier_neighbours=7),
+            cluster=ClusterSettings(clusters=30, sample=100_000),
+            stage1=Stage1Settings(
+                warmup_iterations=900,
+                rounds=7,
+                round_iterations=450,
+                min_labels=4,
+                detector_target="bump",
+                detector_weight=2.0,
+                threshold=0.15,
+            ),
+            stage2=Stage2Settings(
+                iterations=4_000,
+                batch=32,
+                milestones=(2_600, 3_300),
+                min_population=200,
+                merge_after=1_400,
+                merge_every=600,
+            ),
+            resources=ResourceSettings(checkpoint_steps=200),
+        ),
+    ),
+    "toy-cpu": (
+        "the embedded corpus on 2 CPU cores in a few minutes",
+        TrainSettings(
+            network=NetworkSettings(input_size=96, width=64, depth=3, groups=8, descriptor_size=64),
+            keypoints=KeypointSettings(outlier_share=0.2, outlier_reference=5_000, outlier_neighbours=7),
+            cluster=ClusterSettings(clusters=30, sample=50_000),
+            stage1=Stage1Settings(
+                warmup_iterations=400,
+                rounds=4,
+                round_iterations=150,
+                min_labels=4,
+                detector_target="bump",
+                detector_weight=2.0,
+                threshold=0.15,
+            ),
+            stage2=Stage2Settings(
+                iterations=1_000,
+                batch=32,
+                milestones=(650, 850),
+                min_population=60,
+                merge_after=400,
+                merge_every=300,
+            ),
+            resources=ResourceSettings(checkpoint_steps=200),
+        ),
+    ),
+    "bbcpose": ("BBC Pose signers, published schedule", TrainSettings()),
+}
+"""Name: what it is for, and its settings."""

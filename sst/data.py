@@ -1,0 +1,235 @@
+"""From shards to batches: which samples a worker sees, in which order, decoded and collated.
+
+The order is a function of seed, phase and rank alone, so a resumed run skips to where it was. Samples are shuffled
+and skipped as JPEG bytes; only what is trained on is decoded.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster.shards import Labels
+from sst.geometry import box_to_view, resize_matrix
+from sst.shards import Manifest, RawSample, ShardInfo, decode, read_shard
+
+SHUFFLE_BUFFER = 1024
+"""Samples (as JPEG bytes) among which a worker's stream is shuffled, beside the shuffled shard order."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image as bytes, with its labels.
+
+    Attributes:
+        sample: the stored image and what is known of it.
+        points: float32 (n, 2), heatmap units of the canonical view.
+        cluster: int16 (n,).
+    """
+
+    sample: RawSample
+    points: np.ndarray
+    cluster: np.ndarray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Decoded images and padded labels, on one device.
+
+    Attributes:
+        keys: sample keys.
+        images: uint8 (B, H, W, 3), padded at right and bottom.
+        to_view: float32 (B, 3, 3), stored image to canonical view.
+        points: float32 (B, N, 2), heatmap units.
+        cluster: int64 (B, N), -1 for padding.
+    """
+
+    keys: tuple[str, ...]
+    images: Tensor
+    to_view: Tensor
+    points: Tensor
+    cluster: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device."""
+        tensors = (self.images, self.to_view, self.points, self.cluster)
+        return Batch(self.keys, *(tensor.to(device, non_blocking=True) for tensor in tensors))
+
+
+def rank_shards(order: Sequence[int], rank: int, world: int) -> tuple[list[int], int, int]:
+    """Shards of an epoch that one worker reads.
+
+    Args:
+        order: shard numbers in the epoch's order.
+        rank: this worker.
+        world: number of workers; it may exceed the number of shards.
+
+    Returns:
+        Its shards; and (part, parts): it takes the samples whose number modulo parts is part.
+    """
+    slots = min(len(order), world)
+    slot = rank % slots
+    sharing = len(range(slot, world, slots))
+    return list(order[slot::slots]), rank // slots, sharing
+
+
+def balanced(shards: Sequence[ShardInfo], world: int) -> list[list[ShardInfo]]:
+    """Splits shards over workers, every shard once, evenly by samples (largest first, to the least loaded)."""
+    loads, parts = [0] * world, [[] for _ in range(world)]  # type: tuple[list[int], list[list[ShardInfo]]]
+    for shard in sorted(shards, key=lambda shard: (-shard.samples, shard.file)):
+        least = loads.index(min(loads))
+        loads[least] += shard.samples
+        parts[least].append(shard)
+    return parts
+
+
+def training_examples(
+    corpus: str,
+    manifest: Manifest,
+    load_labels: Callable[[str], Labels],
+    min_labels: int,
+    rank: int,
+    world: int,
+    seed: int,
+) -> Iterator[Example]:
+    """An endless shuffled stream of one worker's training images.
+
+    Args:
+        corpus: directory of the shards.
+        manifest: its manifest; shards of the training split are read.
+        load_labels: gives the labels of a shard, by its file name.
+        min_labels: images with fewer labelled points are left out.
+        rank: this worker.
+        world: number of workers.
+        seed: equal on all workers, different for each phase.
+
+    Raises:
+        ValueError: if no image has `min_labels` points, or a shard is damaged.
+    """
+    import webdataset as wds
+
+    shards = manifest.shards_of("train")
+
+    def shard_order() -> Iterator[tuple[ShardInfo, int, int]]:
+        for epoch in range(2**31):
+            order = np.random.default_rng([seed, epoch]).permutation(len(shards)).tolist()
+            mine, part, parts = rank_shards(order, rank, world)
+            yield from ((shards[number], part, parts) for number in mine)
+
+    def expand(source: Iterable[tuple[ShardInfo, int, int]]) -> Iterator[Example]:
+        barren = 0
+        for shard, part, parts in source:
+            labels = load_labels(shard.file)
+            found = False
+            for number, sample in enumerate(read_shard(f"{corpus}/{shard.file}", shard.sha256)):
+                points, cluster = labels.sample(number)
+                if number % parts == part and len(points) >= min_labels:
+                    found = True
+                    yield Example(sample, points, cluster)
+            barren = 0 if found else barren + 1
+            if barren >= 2 * len(shards):
+                raise ValueError(
+                    f"no training image has at least {min_labels} labelled points; lower stage1.min_labels "
+                    "or check the pictures of the first keypoints"
+                )
+
+    shuffle = wds.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER // 4, seed=seed * 1_000_003 + rank)
+    return iter(wds.DataPipeline(shard_order, expand, shuffle))
+
+
+def decode_to_view(sample: RawSample, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes a stored image no larger than the view needs.
+
+    Args:
+        sample: the stored image.
+        size: side S of the view.
+
+    Returns:
+        uint8 (H, W, 3) and the matrix (3, 3) from its pixels to the canonical view.
+
+    Raises:
+        ValueError: if the image cannot be decoded; the message names sample and source.
+    """
+    x0, y0, x1, y1 = sample.meta.box
+    image, stored_height, stored_width = decode(sample, min(1.0, max(size / (x1 - x0), size / (y1 - y0))))
+    shrink = resize_matrix(image.shape[1] / stored_width, image.shape[0] / stored_height)
+    return image, box_to_view(np.array(sample.meta.box), size) @ np.linalg.inv(shrink)
+
+
+def collate(
+    decoded: Sequence[tuple[np.ndarray, np.ndarray]],
+    points: Sequence[np.ndarray],
+    cluster: Sequence[np.ndarray],
+    keys: Sequence[str],
+) -> Batch:
+    """Pads images and labels of a batch to common shapes."""
+    count, most = len(decoded), max(1, *(len(p) for p in points))
+    height, width = (max(image.shape[axis] for image, _ in decoded) for axis in (0, 1))
+    images = np.zeros((count, height, width, 3), np.uint8)
+    padded, numbers = np.zeros((count, most, 2), np.float32), np.full((count, most), -1, np.int64)
+    for row, (image, _) in enumerate(decoded):
+        images[row, : image.shape[0], : image.shape[1]] = image
+        padded[row, : len(points[row])] = points[row]
+        numbers[row, : len(cluster[row])] = cluster[row]
+    matrices = np.stack([matrix for _, matrix in decoded]).astype(np.float32)
+    arrays = (images, matrices, padded, numbers)
+    return Batch(tuple(keys), *(torch.from_numpy(array) for array in arrays))
+
+
+def batches(examples: Iterator[Example], size: int, view: int, skip: int, ahead: int = 2) -> Iterator[Batch]:
+    """Groups a stream into batches, decoding in background threads.
+
+    Args:
+        examples: the stream.
+        size: images per batch.
+        view: side S of the view.
+        skip: batches passed over without decoding (on resume).
+        ahead: batches decoded while the device computes.
+    """
+
+    def load(group: list[Example]) -> Batch:
+        return collate(
+            [decode_to_view(example.sample, view) for example in group],
+            [example.points for example in group],
+            [example.cluster for example in group],
+            [example.sample.key for example in group],
+        )
+
+    stream = islice(examples, skip * size, None)
+    groups = iter(lambda: list(islice(stream, size)), [])
+    return ordered_map(load, groups, ahead)
+
+
+def ordered_map(function: Callable[[list[Example]], T], items: Iterator[list[Example]], ahead: int) -> Iterator[T]:
+    """Maps in a background thread, at most `ahead` results early, in order."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as pool:
+        pending = [pool.submit(function, item) for item in islice(items, ahead)]
+        while pending:
+            result = pending.pop(0).result()
+            pending.extend(pool.submit(function, item) for item in islice(items, 1))
+            yield result
+
+
+def shard_batches(corpus: str, shard: ShardInfo, view: int, size: int) -> Iterator[Batch]:
+    """All images of a shard in their order, without labels, for extraction and prediction."""
+
+    def load(group: list[Example]) -> Batch:
+        nothing = [np.zeros((0, 2), np.float32)] * len(group)
+        return collate(
+            [decode_to_view(e.sample, view) for e in group],
+            nothing,
+            [np.zeros(0, np.int16)] * len(group),
+            [e.sample.key for e in group],
+        )
+
+    empty = np.zeros((0, 2), np.float32), np.zeros(0, np.int16)
+    samples = (Example(sample, *empty) for sample in read_shard(f"{corpus}/{shard.file}", shard.sha256))
+    groups = iter(lambda: list(islice(samples, size)), [])
+    return ordered_map(load, groups, 2)

@@ -1,0 +1,164 @@
+"""Where a run meets Ray: the k-means actor, the shard tasks and the DDP worker group.
+
+Thin shells: what they call is plain code that tests run without Ray.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from cluster.actor import KMeansSettings, start_actor
+from cluster.correspondence import Sample
+from cluster.dispatch import RayMap
+from cluster.kmeans import KMeansResult
+from sst.config import ResourceSettings, TrainSettings
+from sst.errors import UserError
+from sst.round_making import Tools
+
+TASK_CPUS = 0.05
+"""CPUs that Ray sets aside for a shard task; how many run at once is bounded by `RayMap`."""
+
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    # A local cluster listens on loopback only; a token would have to reach every tool that looks at it.
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+}
+"""Set before Ray is imported, unless the caller has set them."""
+
+
+def start_ray(resources: ResourceSettings) -> bool:
+    """Joins the cluster of `RAY_ADDRESS` or of the submitted job, or starts one on this machine.
+
+    Returns:
+        Whether the workers train on GPUs.
+
+    Raises:
+        UserError: if the cluster is smaller than `resources` asks for.
+    """
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if not ray.is_initialized():
+        cpus = None if os.environ.get("RAY_ADDRESS") else usable_cpus()
+        ray.init(num_cpus=cpus, logging_level=logging.WARNING, log_to_driver=False)
+    have = ray.cluster_resources()
+    gpus = have.get("GPU", 0.0)
+    enough = gpus >= resources.workers * resources.worker_gpus
+    if resources.gpu and not enough:
+        raise UserError(
+            f"{resources.workers} workers with {resources.worker_gpus} GPUs each were asked for, but the cluster has "
+            f"{gpus:g}; lower --resources.workers or leave --resources.gpu unset"
+        )
+    if resources.workers * resources.worker_cpus > have.get("CPU", 0.0):
+        raise UserError(
+            f"{resources.workers} workers with {resources.worker_cpus} CPUs each were asked for, but the cluster has "
+            f"{have.get('CPU', 0.0):g}; lower --resources.workers or --resources.worker-cpus"
+        )
+    return enough and gpus > 0 if resources.gpu is None else resources.gpu
+
+
+def check_local_cpus(resources: ResourceSettings) -> None:
+    """Refuses more workers than this machine has CPUs, before a local cluster is started.
+
+    Raises:
+        UserError: naming both numbers.
+    """
+    if not os.environ.get("RAY_ADDRESS") and resources.workers * resources.worker_cpus > usable_cpus():
+        raise UserError(
+            f"{resources.workers} workers with {resources.worker_cpus} CPUs each need more than this machine's "
+            f"{usable_cpus()} CPUs; lower --resources.workers, or set RAY_ADDRESS to use a cluster"
+        )
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def ray_tools(
+    settings: TrainSettings, actor: Any, log: Callable[[dict[str, Any]], None], what: str = "shards"
+) -> Tools:
+    """Tools that run k-means in the actor and shards as tasks."""
+    import ray
+
+    cluster = settings.cluster
+
+    def fit(sample: Sample, start: np.ndarray | None, seed: int) -> KMeansResult:
+        asked = KMeansSettings(cluster.clusters, cluster.iterations, seed=seed, backend=cluster.backend)
+        try:
+            result: KMeansResult = ray.get(actor.fit.remote(list(sample), asked, start))
+        except ray.exceptions.RayTaskError as error:
+            raise error.as_instanceof_cause() from None
+        return result
+
+    def progress(done: int, total: int) -> None:
+        log({"kind": "shards", "what": what, "done": done, "total": total})
+
+    return Tools(fit, RayMap(TASK_CPUS, progress), log)
+
+
+def start_kmeans(settings: TrainSettings, gpu: bool) -> Any:
+    """Starts the run's k-means actor; it takes no CPU of its own, since it works while the workers wait."""
+    return start_actor(num_gpus=settings.resources.kmeans_gpus if gpu else 0.0, num_cpus=0)
+
+
+def train_on_workers(settings: TrainSettings, corpus_url: str, run_url: str, actor: Any, gpu: bool) -> None:
+    """Trains by DDP on the running cluster, to the end; needs round 0.
+
+    Raises:
+        RuntimeError: if more workers were lost than `max_failures`, or a worker raised; the message is its own.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    resources = settings.resources
+    each = {"CPU": resources.worker_cpus} | ({"GPU": resources.worker_gpus} if gpu else {})
+    trainer = TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={
+            "settings": settings.model_dump(),
+            "corpus": corpus_url,
+            "run": run_url,
+            "kmeans": actor,
+        },
+        scaling_config=ScalingConfig(num_workers=resources.workers, use_gpu=gpu, resources_per_worker=each),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=run_url if "://" in run_url else os.path.abspath(run_url),
+            failure_config=FailureConfig(  # type: ignore[call-arg]
+                max_failures=resources.max_failures, controller_failure_limit=3
+            ),
+        ),
+    )
+    trainer.fit()
+
+
+def train_loop_per_worker(config: dict[str, Any]) -> None:
+    """What each worker of the `TorchTrainer` runs."""
+    import ray
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from sst.group import Group
+    from sst.metrics import MetricsFile
+    from sst.round_making import Corpus
+    from sst.rounds import RunDirectory
+    from sst.training import Trainer
+
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, usable_cpus() // context.get_local_world_size()))
+    settings = TrainSettings.model_validate(config["settings"])
+    group = Group(context.get_world_rank(), context.get_world_size(), device)
+    metrics = MetricsFile(config["run"]) if group.rank == 0 else None
+    tools = ray_tools(settings, config["kmeans"], metrics.write if metrics else lambda line: None)
+    trainer = Trainer(settings, Corpus.open(config["corpus"]), RunDirectory(config["run"]), group, tools)
+    trainer.finish(trainer())

@@ -1,0 +1,33 @@
+"""Mistakes that the person at the command line can correct."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pydantic import ValidationError
+
+
+class UserError(Exception):
+    """A mistake in what was asked for; its message says what is wrong and what to do."""
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Prints a `UserError`, or every problem of a configuration, on stderr and exits with code 2.
+
+    Usable as a decorator too.
+
+    Raises:
+        SystemExit: with code 2, in place of a `UserError`.
+    """
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except ValidationError as error:
+        for problem in error.errors():
+            print(
+                f"error: {'.'.join(map(str, problem['loc']))}: {problem['msg']}".replace(": : ", ": "), file=sys.stderr
+            )
+        raise SystemExit(2) from None

@@ -1,0 +1,387 @@
+"""Scores of landmarks: against annotations (forward and backward error), and label-free figures.
+
+Annotations enter the system here only. Points are (x, y) in pixels of a 256 px view unless said otherwise.
+
+Shape letters: N images, K discovered landmarks, L annotated points, F images a regression is fitted on,
+T test images, P predictor columns, Q target columns.
+Source: Mallis et al. 2020, section 4; singular value thresholding: Cai, Candes and Shen 2010.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.shards import Labels
+
+TRAIN_POOL = 1000
+"""The protocols use this many annotated training images, the first ones; later ones are ignored."""
+
+LEAST_TRAIN, LEAST_TEST = 10, 1
+VISIBLE_SHARE = 0.8
+DRAWS = 10
+RIDGE = 0.01
+VIEW = 256.0
+
+SVT_ITERATIONS = 1000
+SVT_TOLERANCE = 1e-2
+SVT_STEP = 1.99
+"""Dual step of the completion, which converges below 2. See `complete`."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a corpus is scored.
+
+    Attributes:
+        name: key in `PROTOCOLS`.
+        train_images: images each regression is fitted on; fewer where the corpus has fewer.
+        least_points: annotated points that the normaliser needs.
+        normaliser: from annotated points (n, L, 2) to the length (n,) that errors are divided by.
+    """
+
+    name: str
+    train_images: int
+    least_points: int
+    normaliser: Callable[[np.ndarray], np.ndarray]
+
+
+def _distance(first: int, second: int) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda points_NL2: np.linalg.norm(points_NL2[:, first] - points_NL2[:, second], axis=1)
+
+
+def _box_side(points_NL2: np.ndarray) -> np.ndarray:
+    side: np.ndarray = np.sqrt(np.prod(points_NL2.max(axis=1) - points_NL2.min(axis=1), axis=1))
+    return side
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol("mafl", 300, 47, _distance(41, 46)),
+        Protocol("ls3d", 300, 2, _box_side),
+        Protocol("human36m", 800, 26, _distance(25, 17)),
+        Protocol("faces68", 300, 46, _distance(36, 45)),
+        Protocol("toy", 300, 2, _box_side),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Forward and backward error of one set of predictions, as fractions of the protocol's length.
+
+    Attributes:
+        forward_curve: float64 (L,): mean of the 1, 2, ... L smallest errors of annotated points.
+        backward_curve: float64 (landmarks_kept,): the same over the kept landmarks.
+        forward: last value of its curve.
+        backward: last value of its curve.
+        landmarks_kept: landmarks visible in more than 80 % of the images.
+        protocol: name in `PROTOCOLS`.
+
+    Where no landmark is kept, both curves are empty and both errors NaN.
+    """
+
+    forward_curve: np.ndarray
+    backward_curve: np.ndarray
+    forward: float
+    backward: float
+    landmarks_kept: int
+    protocol: str
+
+    def to_json(self) -> dict[str, object]:
+        """The same as plain JSON values; NaN becomes null."""
+        return {
+            "forward_curve": self.forward_curve.tolist(),
+            "backward_curve": self.backward_curve.tolist(),
+            "forward": self.forward if math.isfinite(self.forward) else None,
+            "backward": self.backward if math.isfinite(self.backward) else None,
+            "landmarks_kept": self.landmarks_kept,
+            "protocol": self.protocol,
+        }
+
+
+def evaluate(
+    prediction_NK2: np.ndarray,
+    groundtruth_NL2: np.ndarray,
+    is_test_N: np.ndarray,
+    protocol: str,
+    seed: int = 0,
+) -> Scores:
+    """Scores discovered landmarks against annotated points.
+
+    Args:
+        prediction_NK2: discovered landmarks; NaN (in x or y) = not visible.
+        groundtruth_NL2: annotated points, all finite.
+        is_test_N: which images are test images; of the others the first 1,000 are used.
+        protocol: name in `PROTOCOLS`.
+        seed: of the forward error's random draws.
+
+    Raises:
+        ValueError: if the protocol is unknown, or the arrays do not fit each other or the protocol.
+
+    Source: Mallis et al. 2020, section 4.
+    """
+    rules = protocol_named(protocol)
+    prediction = np.asarray(prediction_NK2, np.float64)
+    groundtruth, train, test = _checked(groundtruth_NL2, is_test_N, rules)
+    if prediction.ndim != 3 or prediction.shape[2] != 2 or len(prediction) != len(groundtruth):
+        raise ValueError(f"prediction must be ({len(groundtruth)}, K, 2), not {prediction.shape}")
+    visible_NK = np.asarray(np.isfinite(prediction).all(axis=2))
+    kept = visible_NK[np.concatenate([train, test])].mean(axis=0) > VISIBLE_SHARE
+    # A tiny corpus can have a landmark in over 80 % of the images and yet nothing to fit or test it on.
+    kept &= visible_NK[train[: rules.train_images]].any(axis=0) & visible_NK[test].any(axis=0)
+    if not kept.any():
+        return Scores(np.empty(0), np.empty(0), math.nan, math.nan, 0, rules.name)
+    prediction, visible_NK = prediction[:, kept], visible_NK[:, kept]
+    length_T = rules.normaliser(groundtruth[test])
+    forward_L = _forward_errors(prediction, visible_NK, groundtruth, train, test, rules.train_images, length_T, seed)
+    backward_K = _backward_errors(prediction, visible_NK, groundtruth, train[: rules.train_images], test, length_T)
+    forward, backward = _curve(forward_L), _curve(backward_K)
+    return Scores(forward, backward, float(forward[-1]), float(backward[-1]), int(kept.sum()), rules.name)
+
+
+def constant_guess(groundtruth_NL2: np.ndarray, is_test_N: np.ndarray, protocol: str) -> float:
+    """Forward error, as a fraction, of always answering the mean points of the first training images.
+
+    Args:
+        groundtruth_NL2: annotated points, all finite.
+        is_test_N: which images are test images.
+        protocol: name in `PROTOCOLS`.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
+    rules = protocol_named(protocol)
+    groundtruth, train, test = _checked(groundtruth_NL2, is_test_N, rules)
+    mean_L2 = groundtruth[train[: rules.train_images]].mean(axis=0)
+    error_TL = np.linalg.norm(groundtruth[test] - mean_L2, axis=2)
+    return float((error_TL / rules.normaliser(groundtruth[test])[:, None]).mean())
+
+
+def equivariance_error(moved_NK2: np.ndarray, predicted_NK2: np.ndarray, size: float) -> float:
+    """Mean distance between landmarks moved by a known warp and those predicted on the warped copy.
+
+    Args:
+        moved_NK2: landmarks of the plain images, moved by the warp; NaN = not visible.
+        predicted_NK2: landmarks predicted on the warped images, in the same pixels; NaN = not visible.
+        size: side of the image in those pixels.
+
+    Returns:
+        Per cent of `size`, over the landmarks visible in both; NaN if there are none.
+
+    Raises:
+        ValueError: if the shapes differ or `size` is not positive.
+    """
+    if moved_NK2.shape != predicted_NK2.shape:
+        raise ValueError(f"landmarks of different shapes: {moved_NK2.shape} and {predicted_NK2.shape}")
+    if not size > 0:
+        raise ValueError(f"size must be positive, not {size}")
+    distance = np.linalg.norm(moved_NK2.astype(np.float64) - predicted_NK2, axis=-1)
+    distance = distance[np.isfinite(distance)]
+    return float(100.0 * distance.mean() / size) if len(distance) else math.nan
+
+
+def label_persistence(previous: Labels, current: Labels, radius: float) -> float:
+    """Share of the previous labels that are found again: same image, same cluster, at most `radius` away.
+
+    Args:
+        previous: a shard's labels of one round.
+        current: the same shard's labels of a later round.
+        radius: in the labels' units, heatmap cells.
+
+    Returns:
+        A fraction; NaN if there are no previous labels.
+
+    Raises:
+        ValueError: if the two have different numbers of images.
+    """
+    if len(previous) != len(current):
+        raise ValueError(f"label shards of different images: {len(previous)} and {len(current)}")
+    if not len(previous.points):
+        return math.nan
+    clusters = 1 + max(int(labels.cluster.max(initial=0)) for labels in (previous, current))
+    # A cluster occurs at most once per image, so (image, cluster) names a label.
+    _, before, after = np.intersect1d(
+        _label_names(previous, clusters),
+        _label_names(current, clusters),
+        assume_unique=True,
+        return_indices=True,
+    )
+    distance = np.linalg.norm(previous.points[before].astype(np.float64) - current.points[after], axis=1)
+    return float((distance <= radius).sum() / len(previous.points))
+
+
+def _label_names(labels: Labels, clusters: int) -> np.ndarray:
+    image = np.repeat(np.arange(len(labels), dtype=np.int64), np.diff(labels.offsets))
+    names: np.ndarray = image * clusters + labels.cluster
+    return names
+
+
+def protocol_named(name: str) -> Protocol:
+    """The protocol of that name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name not in PROTOCOLS:
+        raise ValueError(f"scoring protocol {name!r} is unknown; known are {', '.join(sorted(PROTOCOLS))}")
+    return PROTOCOLS[name]
+
+
+def complete(values_FP: np.ndarray, known_FP: np.ndarray) -> np.ndarray:
+    """Fills a matrix's missing entries by singular value thresholding, after a mean fill.
+
+    The result is that of the textbook iteration on the column-centred matrix (threshold 5 (F + P) / 2, step
+    1.2 / known share, from zero, until the known entries are within 1 % or for 1,000 iterations), to some
+    thousandths of a pixel, at less cost: the iteration is an explicit gradient flow, stopped early, so larger
+    steps come to the same place sooner; and only the few singular vectors above the threshold are followed,
+    from one iteration to the next, in float32.
+
+    Args:
+        values_FP: coordinates / 256 - 0.5; what stands at missing entries is ignored.
+        known_FP: bool, which entries are known.
+
+    Returns:
+        float64 (F, P): the known entries as they were, the others completed.
+
+    Source: Cai, Candes and Shen 2010, algorithm 1.
+    """
+    count_P = known_FP.sum(axis=0)
+    mean_P = np.where(known_FP, values_FP, 0.0).sum(axis=0) / np.maximum(count_P, 1)
+    filled = np.where(known_FP, values_FP, mean_P)
+    if known_FP.all():
+        return filled
+    return np.where(known_FP, filled, mean_P + _threshold_singular_values(filled - mean_P, known_FP))
+
+
+def _threshold_singular_values(centred_FP: np.ndarray, known_FP: np.ndarray) -> np.ndarray:
+    known, data = known_FP.astype(np.float32), centred_FP.astype(np.float32)
+    squares, vectors = np.linalg.eigh(data.T @ data)
+    top, scale = math.sqrt(max(float(squares[-1]), 0.0)), float(np.linalg.norm(data))
+    if top == 0.0:
+        return np.zeros(centred_FP.shape)
+    tau = 5.0 * sum(data.shape) / 2.0
+    textbook_step = 1.2 * data.size / float(known_FP.sum())
+    step = max(textbook_step, SVT_STEP)
+    # While everything lies below the threshold, the textbook's iterations only add textbook_step * data each.
+    idle = int(tau / (textbook_step * top))
+    dual = np.float32(idle * textbook_step) * data
+    width = min(16, data.shape[1])
+    basis = vectors[:, -width:]
+    estimate = np.zeros_like(data)
+    for _ in range(math.ceil((SVT_ITERATIONS - idle) * textbook_step / step)):
+        basis = np.linalg.qr(dual.T @ (dual @ basis))[0]
+        image = dual @ basis
+        squares, turn = np.linalg.eigh(image.T @ image)
+        singular = np.sqrt(np.maximum(squares, 0.0))
+        above = singular > tau
+        basis = basis @ turn
+        shrunk = (image @ turn[:, above]) * (1.0 - tau / singular[above]).astype(np.float32)
+        estimate = shrunk @ basis[:, above].T
+        residual = data - known * estimate
+        if float(np.linalg.norm(residual)) < SVT_TOLERANCE * scale:
+            break
+        dual += np.float32(step) * residual
+        if width < data.shape[1] and above.sum() + 6 > width:
+            # Nearly as many singular values passed as are followed: follow more.
+            width = min(data.shape[1], width + 16)
+            basis = np.linalg.eigh(dual.T @ dual)[1][:, -width:]
+    return estimate.astype(np.float64)
+
+
+def _checked(
+    groundtruth_NL2: np.ndarray, is_test_N: np.ndarray, rules: Protocol
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Annotated points as float64, numbers of the training images in use, numbers of the test images."""
+    points, is_test = np.asarray(groundtruth_NL2, np.float64), np.asarray(is_test_N)
+    if points.ndim != 3 or points.shape[2] != 2:
+        raise ValueError(f"groundtruth must be (N, L, 2), not {points.shape}")
+    if is_test.shape != (len(points),):
+        raise ValueError(f"is_test must be {len(points)} truth values, not {is_test.shape}")
+    if points.shape[1] < rules.least_points:
+        raise ValueError(f"protocol {rules.name!r} needs at least {rules.least_points} points, found {points.shape[1]}")
+    is_test = is_test.astype(bool)
+    train, test = np.flatnonzero(~is_test)[:TRAIN_POOL], np.flatnonzero(is_test)
+    if len(train) < LEAST_TRAIN or len(test) < LEAST_TEST:
+        raise ValueError(
+            f"scoring needs at least {LEAST_TRAIN} training images and {LEAST_TEST} test image "
+            f"with annotations, found {len(train)} and {len(test)}"
+        )
+    broken = int((~np.isfinite(points[np.concatenate([train, test])]).all(axis=(1, 2))).sum())
+    if broken:
+        raise ValueError(f"{broken} images have annotated points that are not finite; leave these images out")
+    flat = int((rules.normaliser(points[test]) <= 0).sum())
+    if flat:
+        raise ValueError(
+            f"protocol {rules.name!r}: the length that errors are divided by is 0 in {flat} test images; "
+            "leave these images out"
+        )
+    return points, train, test
+
+
+def _regression(x_FP: np.ndarray, y_FQ: np.ndarray) -> np.ndarray:
+    """R^T (P, Q) of R = (Y^T X)(X^T X + 0.01 max(X^T X) I)^-1, for centred X and Y."""
+    gram = x_FP.T @ x_FP
+    ridge = RIDGE * gram.max()
+    if ridge <= 0.0:
+        # All predictors are constant: nothing but the mean can be predicted.
+        return np.zeros((x_FP.shape[1], y_FQ.shape[1]))
+    gram[np.diag_indices_from(gram)] += ridge
+    return np.linalg.solve(gram, x_FP.T @ y_FQ)
+
+
+def _forward_errors(
+    prediction_NK2: np.ndarray,
+    visible_NK: np.ndarray,
+    groundtruth_NL2: np.ndarray,
+    train: np.ndarray,
+    test: np.ndarray,
+    count: int,
+    length_T: np.ndarray,
+    seed: int,
+) -> np.ndarray:
+    """Error of each annotated point (L,), predicted from all landmarks; mean of the draws."""
+    x = prediction_NK2.reshape(len(prediction_NK2), -1) / VIEW - 0.5
+    y = groundtruth_NL2.reshape(len(groundtruth_NL2), -1) / VIEW - 0.5
+    known = np.repeat(visible_NK, 2, axis=1)
+    rng = np.random.default_rng(seed)
+    error_L = np.zeros(groundtruth_NL2.shape[1])
+    for _ in range(DRAWS):
+        rows = rng.permutation(train)[:count]
+        x_train = complete(x[rows], known[rows])
+        x_mean, y_mean = x_train.mean(axis=0), y[rows].mean(axis=0)
+        weights = _regression(x_train - x_mean, y[rows] - y_mean)
+        # A missing test value is the training mean, so 0 once centred.
+        found = np.where(known[test], x[test] - x_mean, 0.0) @ weights + y_mean
+        off = (found - y[test]).reshape(len(test), -1, 2) * VIEW
+        error_L += (np.linalg.norm(off, axis=2) / length_T[:, None]).mean(axis=0)
+    return error_L / DRAWS
+
+
+def _backward_errors(
+    prediction_NK2: np.ndarray,
+    visible_NK: np.ndarray,
+    groundtruth_NL2: np.ndarray,
+    first: np.ndarray,
+    test: np.ndarray,
+    length_T: np.ndarray,
+) -> np.ndarray:
+    """Error of each landmark (K,), predicted from all annotated points, where it is visible."""
+    x = groundtruth_NL2.reshape(len(groundtruth_NL2), -1) / VIEW - 0.5
+    y = prediction_NK2 / VIEW - 0.5
+    error_K = np.empty(prediction_NK2.shape[1])
+    for k in range(len(error_K)):
+        rows, shown = first[visible_NK[first, k]], visible_NK[test, k]
+        x_mean, y_mean = x[rows].mean(axis=0), y[rows, k].mean(axis=0)
+        weights = _regression(x[rows] - x_mean, y[rows, k] - y_mean)
+        off = ((x[test[shown]] - x_mean) @ weights + y_mean - y[test[shown], k]) * VIEW
+        error_K[k] = (np.linalg.norm(off, axis=1) / length_T[shown]).mean()
+    return error_K
+
+
+def _curve(errors: np.ndarray) -> np.ndarray:
+    """Mean of the 1, 2, ... smallest errors."""
+    curve: np.ndarray = np.cumsum(np.sort(errors)) / np.arange(1, len(errors) + 1)
+    return curve

@@ -1,0 +1,201 @@
+"""Plain functions of one shard: what the network sees on all its images, in the shard's order."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from cluster.assignment import assign, unite
+from cluster.shards import Descriptors, Labels
+from sst.augment import Augmentation, invert_affine, random_affine, warp_images
+from sst.data import Batch, decode_to_view, shard_batches
+from sst.geometry import SCORING_SIZE, STRIDE, transform
+from sst.keypoints import VIEW, KeypointDetector
+from sst.losses import sample_descriptors
+from sst.network import DetectorDescriptor, LandmarkDetector
+from sst.shards import ShardInfo, read_shard
+from sst.suppression import decode_keypoints, decode_landmarks
+
+BATCH = 64
+"""Images per forward pass without gradients."""
+
+SUPPRESSION = 1.0
+"""Half side of the squares, in heatmap cells, within which a previous label beats a new keypoint."""
+
+
+def first_descriptors(corpus: str, shard: ShardInfo, detector: KeypointDetector, input_size: int) -> Descriptors:
+    """First keypoints of a shard's images (stage 0).
+
+    Args:
+        corpus: directory of the shards.
+        shard: the shard.
+        detector: sees the canonical view at 256 x 256.
+        input_size: side of the network's view, which sets the heatmap units of the points.
+    """
+    import cv2
+
+    points, descriptors, counts = [], [], [0]
+    for sample in read_shard(f"{corpus}/{shard.file}", shard.sha256):
+        image, to_view = decode_to_view(sample, VIEW)
+        found, described = detector(cv2.warpAffine(image, to_view[:2], (VIEW, VIEW)))
+        points.append(found * (input_size / VIEW / STRIDE))
+        descriptors.append(described.astype(np.float16))
+        counts.append(len(found))
+    empty = np.zeros((0, 2), np.float32), np.zeros((0, detector.descriptor_size), np.float16)
+    return Descriptors(
+        np.cumsum(counts, dtype=np.int64),
+        np.concatenate([empty[0], *points], dtype=np.float32),
+        np.concatenate([empty[1], *descriptors]),
+    )
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The arithmetic of convolutions: bfloat16 or float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@torch.inference_mode()
+def extract_descriptors(
+    model: DetectorDescriptor,
+    corpus: str,
+    shard: ShardInfo,
+    previous: Labels,
+    *,
+    input_size: int,
+    threshold: float,
+    precision: str,
+) -> Descriptors:
+    """Keypoints of the detector united with the previous labels, and their descriptors (paper, section 3.2).
+
+    Args:
+        model: stage-1 network.
+        corpus: directory of the shards.
+        shard: the shard.
+        previous: the shard's labels of the round before.
+        input_size: side S of the view.
+        threshold: detector confidence above which a keypoint is taken.
+        precision: "bf16" or "float32".
+    """
+    device = next(model.parameters()).device
+    points, descriptors, counts = [], [], [0]
+    number = 0
+    for batch in shard_batches(corpus, shard, input_size, BATCH):
+        heat, desc = _keypoint_maps(model, batch.to(device), input_size, precision)
+        image, found, _ = (x.cpu().numpy() for x in decode_keypoints(heat, threshold))
+        united = []
+        for row in range(len(batch.keys)):
+            united.append(unite(previous.sample(number)[0], found[image == row], SUPPRESSION))
+            number += 1
+        padded = torch.zeros(len(united), max(1, *(len(p) for p in united)), 2)
+        for row, own in enumerate(united):
+            padded[row, : len(own)] = torch.from_numpy(own)
+        unit = functional.normalize(sample_descriptors(desc, padded.to(device)), dim=-1).half().cpu().numpy()
+        points += united
+        descriptors += [unit[row, : len(own)] for row, own in enumerate(united)]
+        counts += [len(own) for own in united]
+    shard_descriptors = Descriptors(
+        np.cumsum(counts, dtype=np.int64), np.concatenate(points), np.concatenate(descriptors)
+    )
+    # A zero or NaN row cannot be compared with anything (the published code met them as NaN).
+    rows = shard_descriptors.descriptors.astype(np.float32)
+    return shard_descriptors.keep(np.isfinite(rows).all(1) & ((rows**2).sum(1) > 0.5))
+
+
+def _keypoint_maps(
+    model: DetectorDescriptor, batch: Batch, input_size: int, precision: str, warp: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    to_view = batch.to_view if warp is None else warp @ batch.to_view
+    with autocast(batch.images.device, precision):
+        heat, desc = model(warp_images(batch.images, to_view, input_size))
+    return heat.float(), desc.float()
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Landmarks of a shard's images.
+
+    Attributes:
+        points: float32 (S, K, 2), pixels of a 256 px view.
+        confidence: float32 (S, K).
+    """
+
+    points: np.ndarray
+    confidence: np.ndarray
+
+
+@torch.inference_mode()
+def predict_landmarks(
+    model: LandmarkDetector,
+    batches: Iterable[Batch],
+    *,
+    input_size: int,
+    precision: str,
+    warp_seed: int | None = None,
+) -> Predictions:
+    """Every landmark's peak on every image.
+
+    Args:
+        model: stage-2 network.
+        batches: images in order.
+        input_size: side S of the view.
+        precision: "bf16" or "float32".
+        warp_seed: predict on randomly warped copies instead, and move the points back to the un-warped view.
+    """
+    device = next(model.parameters()).device
+    scale = SCORING_SIZE / input_size * STRIDE
+    points, confidences = [], []
+    generator = torch.Generator().manual_seed(warp_seed or 0)
+    for batch in (batch.to(device) for batch in batches):
+        warp = torch.eye(3).expand(len(batch.keys), 3, 3).to(device)
+        if warp_seed is not None:
+            warp = random_affine(len(batch.keys), input_size, Augmentation(), generator).to(device)
+        with autocast(device, precision):
+            heat = model(warp_images(batch.images, warp @ batch.to_view, input_size))
+        found, confidence = decode_landmarks(heat)
+        found = transform(invert_affine(warp), found * STRIDE) / STRIDE
+        points.append((found * scale).cpu().numpy())
+        confidences.append(confidence.cpu().numpy())
+    return Predictions(np.concatenate(points), np.concatenate(confidences))
+
+
+@torch.inference_mode()
+def keypoint_equivariance(
+    model: DetectorDescriptor,
+    batch: Batch,
+    centroids: np.ndarray,
+    thresholds: np.ndarray,
+    *,
+    input_size: int,
+    threshold: float,
+    precision: str,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Clusters found on images and on warped copies of them.
+
+    Returns:
+        Two arrays (B, K, 2) of points in pixels of the S x S view, NaN where a cluster was not found: those of the
+        images, moved by the warp, and those found on the warped copies. Points that the warp moves out of the
+        view are NaN.
+    """
+    device = next(model.parameters()).device
+    batch = batch.to(device)
+    generator = torch.Generator().manual_seed(seed)
+    warp = random_affine(len(batch.keys), input_size, Augmentation(), generator).to(device)
+
+    def found(matrix: torch.Tensor | None) -> np.ndarray:
+        heat, desc = _keypoint_maps(model, batch, input_size, precision, matrix)
+        image, points, _ = decode_keypoints(heat, threshold)
+        result = np.full((len(batch.keys), len(centroids), 2), np.nan)
+        for row in range(len(batch.keys)):
+            own = points[image == row]
+            raw = sample_descriptors(desc[row : row + 1], own[None])[0]
+            match = assign(functional.normalize(raw, dim=-1).cpu().numpy(), centroids)
+            sure = match.distance < thresholds[match.cluster]
+            result[row, match.cluster[sure]] = own.cpu().numpy()[match.point[sure]] * STRIDE
+        return result
+
+    moved = transform(warp, torch.from_numpy(found(None)).float().to(device)).cpu().numpy()
+    moved[(moved < 0).any(-1) | (moved > input_size - 1).any(-1)] = np.nan
+    return moved, found(warp)

@@ -1,0 +1,60 @@
+"""A run's figures as JSON lines: written by one worker, read by whoever shows or tracks them."""
+
+import json
+import os
+import time
+from typing import Any
+
+import fsspec
+
+from cluster import storage
+
+FLUSH_SECONDS = 5.0
+"""An object store cannot append: there the whole file is put again, at most this often."""
+
+
+class MetricsFile:
+    """Appends lines to RUN/metrics.jsonl; on resume it goes on where the file ends."""
+
+    def __init__(self, run_url: str) -> None:
+        """Opens or begins the file."""
+        self.url = storage.join(run_url, "metrics.jsonl")
+        fs, path = fsspec.core.url_to_fs(self.url)
+        protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
+        self._path = path if "file" in protocols else None
+        self._text = b"" if self._path or not storage.exists(self.url) else storage.read_bytes(self.url)
+        self._flushed = 0.0
+        if self._path:
+            os.makedirs(os.path.dirname(self._path), exist_ok=True)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Appends one line, with the time."""
+        text = (json.dumps({"time": round(time.time(), 3)} | line) + "\n").encode()
+        if self._path:
+            with open(self._path, "ab") as file:
+                file.write(text)
+            return
+        self._text += text
+        if time.monotonic() - self._flushed > FLUSH_SECONDS or line.get("kind") != "step":
+            storage.write_bytes(self.url, self._text)
+            self._flushed = time.monotonic()
+
+
+class MetricsReader:
+    """Reads the lines that came since the last look."""
+
+    def __init__(self, run_url: str, skip_present: bool = False) -> None:
+        """Begins at the file's start, or at its present end."""
+        self.url = storage.join(run_url, "metrics.jsonl")
+        self._offset = 0
+        if skip_present:
+            self.new_lines()
+
+    def new_lines(self) -> list[dict[str, Any]]:
+        """Whole lines that are new; a line still being written is left for the next look."""
+        if not storage.exists(self.url):
+            return []
+        text = storage.read_bytes(self.url)[self._offset :]
+        text = text[: text.rfind(b"\n") + 1]
+        self._offset += len(text)
+        return [json.loads(line) for line in text.splitlines()]

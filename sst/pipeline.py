@@ -1,0 +1,229 @@
+"""A whole run as one job: first keypoints, training on workers, scores, pictures, tracking.
+
+What a worker does is in `sst.training`; here is the order of things around it, in the process that was started.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from cluster import storage
+from sst.config import TrainSettings
+from sst.distributed import check_local_cpus, ray_tools, start_kmeans, start_ray, train_on_workers
+from sst.errors import UserError
+from sst.evaluation import Scores
+from sst.first_round import make_first_round
+from sst.metrics import MetricsFile, MetricsReader
+from sst.model import ModelRecord, load_model
+from sst.pictures import draw_all
+from sst.progress import Show, clock
+from sst.report import write_report
+from sst.round_making import Corpus
+from sst.rounds import RunDirectory
+from sst.schedule import plan
+from sst.scoring import Annotated, score_run
+from sst.tracking import Tracker
+
+POLL_SECONDS = 1.0
+"""Time between two looks at the metrics file."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        run: its directory.
+        scores: against annotations; None where the corpus has none.
+        landmarks: number of landmarks the model gives.
+        report: URL of the report.
+    """
+
+    run: RunDirectory
+    scores: Scores | None
+    landmarks: int
+    report: str
+
+
+def differences(before: Any, after: Any, path: str = "") -> list[str]:
+    """Fields in which two nested settings differ, as "path: before -> after"."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = sorted(before.keys() | after.keys())
+        return [d for k in keys for d in differences(before.get(k), after.get(k), f"{path}.{k}" if path else k)]
+    return [] if before == after else [f"{path}: {before} -> {after}"]
+
+
+def claim(run: RunDirectory, settings: TrainSettings, corpus: Corpus) -> None:
+    """Writes what the run was told, or checks that it was told the same before.
+
+    Raises:
+        UserError: if a run of that name exists with other settings or data; the message has the differences.
+    """
+    url = storage.join(run.url, "settings.json")
+    told = {"settings": settings.model_dump(mode="json"), "manifest": corpus.manifest_hash}
+    if storage.exists(url):
+        changed = differences(storage.read_json(url), told)
+        if changed:
+            raise UserError(
+                f"{run.url} is a run with other settings or data ({'; '.join(changed)}); take another --name, or "
+                "the old settings to go on with it"
+            )
+        return
+    storage.write_json(url, told)
+
+
+def open_corpus(url: str) -> Corpus:
+    """The corpus at a URL, checked against its manifest.
+
+    Raises:
+        UserError: if there is none, it does not match its manifest, or has no training images.
+    """
+    try:
+        corpus = Corpus.open(url)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if not corpus.train:
+        raise UserError(f"{url}: no shard of the training split; pack again with a smaller --test-share")
+    return corpus
+
+
+def train_run(
+    settings: TrainSettings, shards: str, run_url: str, *, tracking: str, experiment: str, name: str
+) -> Outcome:
+    """Runs what is left of a run, from first keypoints to the report.
+
+    Args:
+        settings: the method.
+        shards: directory or URL of the image shards.
+        run_url: directory or URL of the run.
+        tracking: MLflow tracking URI.
+        experiment: MLflow experiment.
+        name: the run's name in MLflow.
+
+    Raises:
+        UserError: if the corpus, the resources or an earlier run of that name do not permit it.
+    """
+    started = time.monotonic()
+    check_local_cpus(settings.resources)
+    corpus, run = open_corpus(shards), RunDirectory(run_url)
+    claim(run, settings, corpus)
+    tracker = Tracker(run_url, tracking, experiment, name)
+    tracker.log_settings(settings.model_dump(mode="json"))
+    status = "FAILED"
+    try:
+        with showing(run, settings, corpus, tracker) as show:
+            gpu = start_ray(settings.resources)
+            actor = start_kmeans(settings, gpu)
+            show.say(describe(settings, corpus, gpu))
+            metrics = MetricsFile(run_url)
+            try:
+                make_first_round(settings, corpus, run, ray_tools(settings, actor, metrics.write, "keypoints"))
+            except ValueError as error:
+                raise UserError(str(error)) from error
+            if not storage.exists(storage.join(run.model_url, "model.json")):
+                train_on_workers(settings, shards, run_url, actor, gpu)
+        outcome = finish_run(run, corpus, settings, tracker, time.monotonic() - started)
+        status = "FINISHED"
+        return outcome
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.close(status)
+
+
+def describe(settings: TrainSettings, corpus: Corpus, gpu: bool) -> str:
+    """What the run works with, in one line."""
+    images, workers = corpus.manifest.samples_of("train"), settings.resources.workers
+    return (
+        f"{images} training images in {len(corpus.train)} shards; {workers} workers on {'GPUs' if gpu else 'CPUs'}, "
+        f"{settings.resources.precision}; k-means: {settings.cluster.backend}"
+    )
+
+
+@contextmanager
+def showing(run: RunDirectory, settings: TrainSettings, corpus: Corpus, tracker: Tracker) -> Iterator[Show]:
+    """While inside, new lines of the metrics file are shown and sent to MLflow."""
+    reader, stop = MetricsReader(run.url, skip_present=True), threading.Event()
+    show = Show(plan(settings, corpus.manifest.samples_of("train")))
+
+    def forward() -> None:
+        for line in reader.new_lines():
+            show.line(line)
+            if line["kind"] in ("step", "round"):
+                tracker.log(*as_metrics(line))
+
+    def watch() -> None:
+        while not stop.wait(POLL_SECONDS):
+            forward()
+
+    thread = threading.Thread(target=watch, name="show", daemon=True)
+    thread.start()
+    try:
+        yield show
+    finally:
+        stop.set()
+        thread.join()
+        forward()
+        show.close()
+
+
+def as_metrics(line: dict[str, Any]) -> tuple[dict[str, float], int]:
+    """A line of the metrics file as MLflow wants it: names with numbers, and their step or round."""
+    axis = line["kind"]
+    left_out = ("time", "step", "round", "stage", "phase_step", "phase_steps")
+    numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and k not in left_out}
+    return {f"{axis}/{name}": value for name, value in numbers.items()}, line[axis]
+
+
+def finish_run(run: RunDirectory, corpus: Corpus, settings: TrainSettings, tracker: Tracker, seconds: float) -> Outcome:
+    """Scores a trained run where it has annotations, draws its pictures and writes the report."""
+    _, model = load_model(run.model_url)
+    annotated = Annotated.of(corpus)
+    scores = score_run(run, corpus, annotated, model.visible) if annotated is not None else None
+    if scores is not None:
+        storage.write_json(storage.join(run.url, "scores.json"), scores.to_json())
+        numbers = {name: v for name, v in scores.to_json().items() if isinstance(v, int | float)}
+        tracker.log({f"score/{name}": value for name, value in numbers.items()}, 0)
+    drawn = draw_all(run, corpus, model, scores)
+    report = write_report(
+        run.url,
+        title=f"Landmarks of {corpus.manifest.corpus}",
+        summary=summary(model, scores, corpus, seconds),
+        figures=drawn,
+        rounds=[{k: v for k, v in record.line().items() if k != "kind"} for record in run.records()],
+        settings=settings.model_dump(mode="json"),
+        notes=notes(scores),
+    )
+    pictures = {f"figures/{figure.name}.png": figure.png for figure in drawn}
+    tracker.log_files(pictures | {"report.html": storage.read_bytes(report)})
+    return Outcome(run, scores, len(model.clusters), report)
+
+
+def summary(model: ModelRecord, scores: Scores | None, corpus: Corpus, seconds: float) -> dict[str, str]:
+    """The figures that the report shows first."""
+    shown = {"landmarks": str(len(model.clusters))}
+    if scores is not None:
+        shown |= {
+            "forward error": percent(scores.forward),
+            "backward error": percent(scores.backward),
+            "landmarks in over 80 % of images": str(scores.landmarks_kept),
+        }
+    return shown | {"training images": str(corpus.manifest.samples_of("train")), "time of this start": clock(seconds)}
+
+
+def percent(value: float) -> str:
+    """A fraction in per cent; a dash where it could not be computed."""
+    return f"{100 * value:.2f} %" if value == value else "-"
+
+
+def notes(scores: Scores | None) -> list[str]:
+    """What a reader must know beside the figures."""
+    if scores is None:
+        return ["The corpus has no annotations, so errors could not be computed; look at the pictures."]
+    if scores.landmarks_kept == 0:
+        return ["No landmark is visible in more than 80 % of the images, so none could be scored."]
+    return []

@@ -1,0 +1,415 @@
+"""Image shards: WebDataset tar files of JPEG and JSON members, and the manifest that vouches for them.
+
+A tar file that was cut or altered can read without any error, so readers trust only what matches the
+manifest. It is written last: a directory without one is not a corpus.
+"""
+
+import io
+import math
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self
+
+import fsspec
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cluster import storage
+
+MANIFEST = "manifest.json"
+Split = Literal["train", "test"]
+
+_STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
+_BLOCK = 512  # tar files consist of blocks of this size and end with at least two of zeros
+_DCT_STEPS = 8  # libjpeg decodes at n/8 of the size
+
+
+def _remedy(url: str) -> str:
+    return f"build the corpus again: python -m jobs.pack ... --out {url} --overwrite"
+
+
+def _problems(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:5])
+
+
+class ShardInfo(BaseModel):
+    """What the manifest says of one shard.
+
+    Attributes:
+        file: its name beside the manifest.
+        split: split of all its samples.
+        samples: their number.
+        bytes: size of the file.
+        sha256: hex digest of the file.
+    """
+
+    model_config = _STRICT
+
+    file: str = Field(pattern=r"^[\w.-]+$")
+    split: Split
+    samples: int = Field(gt=0)
+    bytes: int = Field(gt=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Skipped(BaseModel):
+    """A source image that was left out, and why."""
+
+    model_config = _STRICT
+
+    source: str
+    reason: str
+
+
+class SampleMeta(BaseModel):
+    """What is known of a stored image.
+
+    Attributes:
+        source: name of the image that it came from.
+        split: train or test.
+        subject: who or what is seen, where known.
+        box: x0, y0, x1, y1 of the object in pixels of the stored image, of positive area.
+        points: annotated (x, y) in pixels of the stored image, pixel centres at integers; for scoring only.
+        visible: whether each point is usable; one without a known place has the box centre and is False.
+    """
+
+    model_config = _STRICT
+
+    source: str
+    split: Split
+    subject: str | None = None
+    box: tuple[float, float, float, float]
+    points: tuple[tuple[float, float], ...] | None = None
+    visible: tuple[bool, ...] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.box[2] <= self.box[0] or self.box[3] <= self.box[1]:
+            raise ValueError(f"box {self.box} has no area")
+        if (self.points is None) != (self.visible is None) or len(self.points or ()) != len(self.visible or ()):
+            raise ValueError("points and visible must be equally long, or both null")
+        return self
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample as it is stored: key of nine digits, JPEG bytes, and what is known of the image."""
+
+    key: str
+    jpeg: bytes
+    meta: SampleMeta
+
+
+class Manifest(BaseModel):
+    """The record of a corpus.
+
+    Attributes:
+        schema_version: version of the format ("schema" in the file).
+        corpus: its name.
+        protocol: name of the scoring protocol, or None.
+        landmarks: annotated points per image, or None.
+        shards: the shards, in the order of the sample keys.
+        skipped: source images that were left out.
+    """
+
+    model_config = _STRICT
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    corpus: str
+    protocol: str | None = None
+    landmarks: int | None = Field(default=None, gt=0)
+    shards: tuple[ShardInfo, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+    @classmethod
+    def load(cls, url: str) -> Self:
+        """Reads the manifest of the corpus at `url`.
+
+        Raises:
+            ValueError: if there is no readable manifest of this schema; the message names file and remedy.
+        """
+        path = storage.join(url, MANIFEST)
+        fs, root = fsspec.core.url_to_fs(url)
+        if fs.isfile(root):
+            raise ValueError(f"{url}: a file, not a directory of shards; give the directory that holds {MANIFEST}")
+        if not storage.exists(path):
+            what = f"no {MANIFEST} in it" if storage.exists(url) else "no such directory"
+            raise ValueError(f"{url}: {what}, so this is not a (complete) corpus; {_remedy(url)}")
+        try:
+            return cls.model_validate(storage.read_json(path))
+        except ValidationError as error:
+            raise ValueError(f"{path}: not a manifest ({_problems(error)}); {_remedy(url)}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: not a JSON file ({error.__cause__}); {_remedy(url)}") from error
+
+    def check(self, url: str) -> None:
+        """Looks whether every shard is there with the recorded size; cheap, reads no shard.
+
+        Raises:
+            ValueError: naming all shards that are missing or of another size.
+        """
+        fs, _ = fsspec.core.url_to_fs(url)
+        wrong = []
+        for shard in self.shards:
+            try:
+                size = fs.size(fs._strip_protocol(storage.join(url, shard.file)))
+            except FileNotFoundError:
+                wrong.append(f"{shard.file} is missing ({shard.bytes} bytes expected)")
+                continue
+            if size != shard.bytes:
+                wrong.append(f"{shard.file} has {size} bytes ({shard.bytes} expected)")
+        if wrong:
+            count = f"{len(wrong)} of {len(self.shards)} shards do not match the manifest"
+            raise ValueError(f"{url}: {count}: {'; '.join(wrong)}; {_remedy(url)}")
+
+    def shards_of(self, split: Split) -> tuple[ShardInfo, ...]:
+        """The shards of one split, in order."""
+        return tuple(shard for shard in self.shards if shard.split == split)
+
+    def samples_of(self, split: Split) -> int:
+        """Number of images of one split."""
+        return sum(shard.samples for shard in self.shards_of(split))
+
+
+class ShardWriter:
+    """Writes a corpus shard by shard, holding one shard in memory; numbers the samples itself.
+
+    As a context manager it writes the manifest on leaving, or, after an exception, takes back what it
+    wrote.
+    Equal samples give equal bytes. `manifest` holds the result afterwards.
+    """
+
+    def __init__(self, url: str, corpus: str, protocol: str | None = None, shard_samples: int = 256) -> None:
+        """Starts a corpus; an earlier one at the same place is removed, its manifest first.
+
+        Args:
+            url: directory to write to.
+            corpus: name of the corpus.
+            protocol: name of the scoring protocol.
+            shard_samples: samples per shard; the last one of a split may hold fewer.
+
+        Raises:
+            ValueError: if `shard_samples` is below 1.
+        """
+        if shard_samples < 1:
+            raise ValueError(f"shard_samples must be at least 1, got {shard_samples}")
+        self.url, self.corpus, self.protocol, self.shard_samples = url, corpus, protocol, shard_samples
+        self.manifest: Manifest | None = None
+        self._samples = 0
+        self._landmarks: int | None = None
+        self._pending: list[RawSample] = []
+        self._shards: list[ShardInfo] = []
+        self._skipped: list[Skipped] = []
+        self._found_directory = storage.exists(url)
+        storage.remove(storage.join(url, MANIFEST))
+        self._remove_shards()
+
+    def add(self, jpeg: bytes, meta: SampleMeta) -> None:
+        """Appends a sample; a change of split begins a new shard.
+
+        Raises:
+            ValueError: if the number of annotated points differs from the earlier samples'.
+        """
+        if meta.points is not None:
+            self._landmarks = self._landmarks or len(meta.points)
+            if len(meta.points) != self._landmarks:
+                raise ValueError(f"{meta.source}: {len(meta.points)} points, earlier images have {self._landmarks}")
+        if self._pending and self._pending[0].meta.split != meta.split:
+            self._flush()
+        self._pending.append(RawSample(f"{self._samples:09d}", jpeg, meta))
+        self._samples += 1
+        if len(self._pending) == self.shard_samples:
+            self._flush()
+
+    def skip(self, source: str, reason: str) -> None:
+        """Records a source image that is left out."""
+        self._skipped.append(Skipped(source=source, reason=reason))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._remove_shards()
+            if not self._found_directory and not storage.list_names(self.url):
+                storage.remove(self.url)
+            return
+        self._flush()
+        self.manifest = Manifest(
+            corpus=self.corpus,
+            protocol=self.protocol,
+            landmarks=self._landmarks,
+            shards=tuple(self._shards),
+            skipped=tuple(self._skipped),
+        )
+        storage.write_json(storage.join(self.url, MANIFEST), self.manifest.model_dump(mode="json", by_alias=True))
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        data = _tar(self._pending)
+        name = f"shard-{len(self._shards):05d}.tar"
+        storage.write_bytes(storage.join(self.url, name), data)
+        self._shards.append(
+            ShardInfo(
+                file=name,
+                split=self._pending[0].meta.split,
+                samples=len(self._pending),
+                bytes=len(data),
+                sha256=storage.sha256(data),
+            )
+        )
+        self._pending = []
+
+    def _remove_shards(self) -> None:
+        for name in storage.list_names(self.url):
+            if re.fullmatch(r"shard-\d{5,}\.tar", name):
+                storage.remove(storage.join(self.url, name))
+
+
+def _tar(samples: list[RawSample]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in samples:
+            text = sample.meta.model_dump_json().encode()
+            for suffix, data in (("jpg", sample.jpeg), ("json", text)):
+                header = tarfile.TarInfo(f"{sample.key}.{suffix}")  # time, owner and mode are constants
+                header.size = len(data)
+                tar.addfile(header, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def read_shard(url: str, expected_sha256: str | None = None) -> Iterator[RawSample]:
+    """Reads a shard whole, checks it whole, and only then yields its samples in order.
+
+    Args:
+        url: the tar file.
+        expected_sha256: hex digest from the manifest; None leaves the hash unchecked, but not the structure.
+
+    Raises:
+        ValueError: if the shard is missing, does not match the hash (after a second fetch), or is not
+            exactly a row of whole samples; the message names shard and remedy.
+    """
+    remedy = _remedy(url.rpartition("/")[0])
+    try:
+        data = storage.read_bytes(url)
+        if expected_sha256 is not None and storage.sha256(data) != expected_sha256:
+            data = storage.read_bytes(url)  # a damaged transfer is told from a damaged file
+    except FileNotFoundError as error:
+        raise ValueError(f"{url}: shard is missing; {remedy}") from error
+    if expected_sha256 is not None and (actual := storage.sha256(data)) != expected_sha256:
+        raise ValueError(f"{url}: sha256 is {actual}, the manifest says {expected_sha256}; {remedy}")
+    try:
+        samples = _parse(url, data)
+    except (ValueError, tarfile.TarError, EOFError, OSError) as error:
+        reason = _problems(error) if isinstance(error, ValidationError) else str(error.args[0] if error.args else "")
+        raise ValueError(f"{url}: damaged shard ({reason}); {remedy}") from error
+    yield from samples
+
+
+def _parse(url: str, data: bytes) -> list[RawSample]:
+    import webdataset as wds
+
+    files = wds.tariterators.tar_file_expander([{"url": url, "stream": io.BytesIO(data)}])
+    samples: list[RawSample] = []
+    used = 0
+    for entry in wds.tariterators.group_by_keys(files):
+        key, names = entry["__key__"], sorted(name for name in entry if not name.startswith("__"))
+        if names != ["jpg", "json"] or not re.fullmatch(r"\d{9}", key):
+            raise ValueError(f"sample {key} has the members {names}, expected jpg and json")
+        if samples and key <= samples[-1].key:
+            raise ValueError(f"sample {key} follows {samples[-1].key}: duplicate key or wrong order")
+        samples.append(RawSample(key, entry["jpg"], SampleMeta.model_validate_json(entry["json"])))
+        used += sum(_BLOCK + math.ceil(len(entry[name]) / _BLOCK) * _BLOCK for name in names)
+    # What webdataset passes over (other members, all that follows a broken header) shows as bytes left over.
+    if len(data) < used + 2 * _BLOCK or any(data[used:]):
+        raise ValueError(f"{len(data)} bytes, but {len(samples)} whole samples end at byte {used}")
+    return samples
+
+
+def decode(sample: RawSample, min_scale: float = 1.0) -> tuple[np.ndarray, float, float]:
+    """Decodes a sample's image, shrunk while decoding where that is enough.
+
+    Args:
+        sample: the stored image.
+        min_scale: least size that is needed, as a share of the stored size.
+
+    Returns:
+        As of `decode_jpeg_scaled`: image, and height and width that it spans in pixels of the stored image.
+
+    Raises:
+        ValueError: if the image cannot be decoded; the message names sample and source.
+    """
+    try:
+        return decode_jpeg_scaled(sample.jpeg, min_scale)
+    except ValueError as error:
+        raise ValueError(f"sample {sample.key} ({sample.meta.source}): {error}") from error
+
+
+def decode_jpeg(jpeg: bytes, min_side: int | None = None) -> np.ndarray:
+    """Decodes a JPEG to RGB uint8 (H, W, 3).
+
+    Args:
+        jpeg: the bytes.
+        min_side: permits the smallest of libjpeg's sizes whose shorter side has so many pixels.
+
+    Raises:
+        ValueError: if the image cannot be decoded.
+    """
+    if min_side is None:
+        return decode_jpeg_scaled(jpeg)[0]
+    import simplejpeg
+
+    try:
+        height, width = simplejpeg.decode_jpeg_header(jpeg)[:2]
+    except ValueError:
+        return decode_jpeg_scaled(jpeg)[0]
+    return decode_jpeg_scaled(jpeg, min_side / min(height, width))[0]
+
+
+def decode_jpeg_scaled(jpeg: bytes, min_scale: float = 1.0) -> tuple[np.ndarray, float, float]:
+    """Decodes a JPEG at the smallest n/8 of its size that is at least `min_scale`.
+
+    libjpeg drops high frequencies of each block (an area average, in effect), so stored x comes to lie at
+    (x + 0.5) * n/8 - 0.5. It rounds the size up to whole pixels: the last row and column may lie partly
+    beyond the stored image. Therefore the exact scale is decoded size / spanned size, not decoded size /
+    stored size. simplejpeg chooses the smallest n that gives at least `min_height` and `min_width`, and never
+    magnifies.
+
+    Returns:
+        RGB uint8 (H, W, 3); height and width that it spans in pixels of the stored image, less than 8 more
+        than stored.
+
+    Raises:
+        ValueError: if the image cannot be decoded.
+    """
+    import simplejpeg
+
+    try:
+        height, width = simplejpeg.decode_jpeg_header(jpeg)[:2]
+        step = min(_DCT_STEPS, max(1, math.ceil(min_scale * _DCT_STEPS - 1e-9)))
+        if max(height, width) < 8 * _DCT_STEPS or step == _DCT_STEPS:  # small: no gain, sizes ambiguous
+            return simplejpeg.decode_jpeg(jpeg), height, width
+        least = [-(-side * step // _DCT_STEPS) for side in (height, width)]
+        image = simplejpeg.decode_jpeg(jpeg, min_height=least[0], min_width=least[1])
+        if list(image.shape[:2]) != least:
+            raise ValueError(f"libjpeg gave {image.shape[:2]} for {least}")
+        return image, least[0] * _DCT_STEPS / step, least[1] * _DCT_STEPS / step
+    except ValueError as error:
+        return _decode_with_pillow(jpeg, error)
+
+
+def _decode_with_pillow(jpeg: bytes, reason: ValueError) -> tuple[np.ndarray, float, float]:
+    """For what simplejpeg refuses, such as CMYK; a cut file is refused here too."""
+    from PIL import Image
+
+    try:
+        image = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+    except Exception as error:  # Pillow raises many types on damaged input
+        raise ValueError(f"not a readable JPEG ({reason})") from error
+    return image, image.shape[0], image.shape[1]

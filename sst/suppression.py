@@ -1,0 +1,96 @@
+"""From heatmaps to points: non-maximum suppression, batched, and sub-cell decoding.
+
+B batch, K landmarks, H W heatmap. Points are (x, y) in heatmap units.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def suppress(heat_BHW: Tensor, threshold: float, radius: int = 1) -> Tensor:
+    """Greedy non-maximum suppression with square neighbourhoods, for all images at once.
+
+    Same result as visiting the cells above `threshold` in descending order and dropping each that lies within
+    `radius` (Chebyshev distance) of one kept before: in every pass the highest remaining cell of each neighbourhood is kept and its
+    neighbours fall. Of equal neighbouring cells the first in reading order is kept.
+
+    Args:
+        heat_BHW: heatmaps.
+        threshold: cells must be above it.
+        radius: 1 for the published squares of half side 1 with IoU above 0.01.
+
+    Returns:
+        bool (B, H, W), true at kept cells.
+    """
+    side = 2 * radius + 1
+
+    def widest(x: Tensor) -> Tensor:
+        return functional.max_pool2d(x[:, None], side, stride=1, padding=radius)[:, 0]
+
+    # Ranks are distinct whole numbers, so ties cannot leave two neighbours both kept.
+    flat = heat_BHW.flatten(1).float()
+    order = torch.argsort(flat, dim=1, descending=True, stable=True)
+    steps = torch.arange(flat.shape[1], 0, -1, device=flat.device, dtype=torch.float32)
+    rank = torch.zeros_like(flat).scatter_(1, order, steps.expand_as(flat)).view_as(heat_BHW)
+    alive = heat_BHW > threshold
+    kept = torch.zeros_like(alive)
+    while bool(alive.any()):
+        remaining = torch.where(alive, rank, 0.0)
+        kept |= alive & (widest(remaining) == remaining)
+        alive &= widest(kept.float()) == 0
+    return kept
+
+
+def refine(heat_BKHW: Tensor, column_BK: Tensor, row_BK: Tensor) -> Tensor:
+    """Sub-cell position of a peak: the vertex of the parabola through the logarithm of its cell and neighbours.
+
+    Exact for a Gaussian. On the border, and where a neighbour is not below the peak, the offset is bounded to half a cell.
+
+    Args:
+        heat_BKHW: heatmaps.
+        column_BK: peak column of each map.
+        row_BK: peak row.
+
+    Returns:
+        (B, K, 2) in heatmap units.
+    """
+    height, width = heat_BKHW.shape[-2:]
+    flat = heat_BKHW.flatten(2).float()
+
+    def read(column: Tensor, row: Tensor) -> Tensor:
+        index = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+        return flat.gather(2, index[..., None])[..., 0].clamp_min(1e-3).log()
+
+    centre = read(column_BK, row_BK)
+
+    def vertex(before: Tensor, after: Tensor) -> Tensor:
+        curvature = (2 * centre - before - after).clamp_min(1e-3)
+        return (0.5 * (after - before) / curvature).clamp(-0.5, 0.5)
+
+    x = vertex(read(column_BK - 1, row_BK), read(column_BK + 1, row_BK))
+    y = vertex(read(column_BK, row_BK - 1), read(column_BK, row_BK + 1))
+    return torch.stack([column_BK + x, row_BK + y], -1)
+
+
+def decode_landmarks(heat_BKHW: Tensor) -> tuple[Tensor, Tensor]:
+    """The peak of every channel.
+
+    Returns:
+        Points (B, K, 2) in heatmap units and confidences (B, K), the heatmap's maximum.
+    """
+    confidence, index = heat_BKHW.flatten(2).float().max(2)
+    width = heat_BKHW.shape[-1]
+    return refine(heat_BKHW, index % width, index // width), confidence
+
+
+def decode_keypoints(heat_B1HW: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Keypoints of a detector heatmap.
+
+    Returns:
+        Image index (N,), points (N, 2) in heatmap units and confidences (N,), grouped by image, reading order.
+    """
+    heat = heat_B1HW[:, 0].float()
+    image, row, column = suppress(heat, threshold).nonzero(as_tuple=True)
+    points = refine(heat[image][:, None], column[:, None], row[:, None])[:, 0]
+    return image, points, heat[image, row, column]

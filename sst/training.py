@@ -1,0 +1,335 @@
+"""The train loop of one worker: phases of optimizer steps, and between them the making of rounds.
+
+Everything here runs without Ray, alone or in a DDP group. The order of samples and all random numbers are functions of
+(seed, rank, step), so a resumed run repeats what it would have done.
+"""
+
+import logging
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cluster import storage
+from sst.augment import augment
+from sst.checkpoint import latest_checkpoint, restore_optimizer, write_checkpoint
+from sst.config import TrainSettings
+from sst.data import Batch, balanced, batches, training_examples
+from sst.extraction import autocast
+from sst.group import Group
+from sst.losses import descriptor_loss, detector_loss, landmark_loss, sample_descriptors
+from sst.model import keep_landmarks, save_model
+from sst.network import DetectorDescriptor, LandmarkDetector
+from sst.round_making import Corpus, RoundMaker, Tools, predict_shard
+from sst.rounds import RoundRecord, RunDirectory
+from sst.schedule import Phase, derived_seed, learning_rate, plan
+
+logger = logging.getLogger(__name__)
+
+DATA_SEED, STEP_SEED, WEIGHT_SEED = 2, 3, 4
+"""Purpose numbers in `derived_seed`."""
+
+LOG_STEPS = 20
+"""Optimizer steps between two lines of figures."""
+
+SKIP_LIMIT = 5
+"""Consecutive steps with a loss or gradient that is not finite, after which the run stops."""
+
+
+def stage1_losses(
+    model: nn.Module, batch: Batch, settings: TrainSettings, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Losses of one step of stage 1 (paper, section 3.1).
+
+    Args:
+        model: `DetectorDescriptor`, perhaps wrapped for DDP.
+        batch: B images; pair i is two views of image i, or of image i and another of the batch.
+        settings: of the run.
+        generator: source of randomness on the batch's device.
+
+    Returns:
+        "loss" to minimise and its parts, scalars.
+    """
+    one, size = settings.stage1, settings.network.input_size
+    count, device = len(batch.keys), batch.images.device
+    own = torch.arange(count, device=device)
+    shift = torch.randint(1, max(2, count), (), generator=generator, device=device)
+    different = torch.rand(count, generator=generator, device=device) < one.different_share
+    second = torch.where(different, (own + shift) % count, own)
+    chosen = torch.cat([own, second])
+    views, points, cluster = augment(
+        batch.images[chosen],
+        batch.to_view[chosen],
+        batch.points[chosen],
+        batch.cluster[chosen],
+        size,
+        one.augmentation,
+        generator,
+    )
+    with autocast(device, settings.resources.precision):
+        heat, desc = model(views)
+    at_points = sample_descriptors(desc.float(), points)
+    # Detector losses of both views add up; over the joined batch their sum is twice the mean.
+    detector = 2 * detector_loss(heat, points, cluster, one.detector_target)
+    descriptor = descriptor_loss(at_points[:count], at_points[count:], cluster[:count], cluster[count:], one.margin)
+    total = one.descriptor_weight * descriptor + one.detector_weight * detector
+    return {"loss": total, "detector": detector, "descriptor": descriptor}
+
+
+def stage2_losses(
+    model: nn.Module, batch: Batch, active_K: Tensor, settings: TrainSettings, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Loss of one step of stage 2 (paper, section 3.3).
+
+    Args:
+        model: `LandmarkDetector`, perhaps wrapped for DDP.
+        batch: images and labels.
+        active_K: bool, clusters that are trained.
+        settings: of the run.
+        generator: source of randomness on the batch's device.
+    """
+    size = settings.network.input_size
+    views, points, cluster = augment(
+        batch.images,
+        batch.to_view,
+        batch.points,
+        batch.cluster,
+        size,
+        settings.stage2.augmentation,
+        generator,
+    )
+    with autocast(batch.images.device, settings.resources.precision):
+        heat = model(views)
+    return {"loss": landmark_loss(heat, points, cluster, active_K)}
+
+
+@dataclass
+class Trainer:
+    """One worker's share of a run."""
+
+    settings: TrainSettings
+    corpus: Corpus
+    run: RunDirectory
+    group: Group
+    tools: Tools
+
+    def __post_init__(self) -> None:
+        self.rounds = RoundMaker(self.settings, self.corpus, self.run, self.group, self.tools)
+        self.phases = plan(self.settings, sum(shard.samples for shard in self.corpus.train))
+        self.settings_hash = storage.sha256(self.settings.model_dump_json().encode())
+        self.checkpoints = storage.join(self.run.url, "checkpoints")
+
+    def __call__(self) -> LandmarkDetector:
+        """Runs what is left of the run, from the latest checkpoint on; round 0 must be there.
+
+        Returns:
+            The trained landmark detector, one channel per cluster, in eval mode.
+
+        Raises:
+            FloatingPointError: if losses stay without a finite value.
+            ValueError: if a shard or record is damaged, or too few descriptors are found.
+        """
+        first, done = self._restore()
+        for index, phase in enumerate(self.phases[first:], start=first):
+            record = self.run.record(phase.round)
+            if phase.stage == 2 and isinstance(self.model, DetectorDescriptor):
+                self._start_stage2(len(record.active))
+            self._train(index, done if index == first else 0, record)
+            if index + 1 < len(self.phases) and not self.run.has_round(phase.round + 1):
+                self._make_round(record, phase.first_step + phase.steps)
+        assert isinstance(self.model, LandmarkDetector)
+        return self.model.eval()
+
+    def _make_round(self, record: RoundRecord, step: int) -> None:
+        model = self.model.eval()
+        if isinstance(model, DetectorDescriptor):
+            self.rounds.correspondence(model, record, step)
+        else:
+            self.rounds.merge(model, record, step)
+
+    def finish(self, model: LandmarkDetector) -> None:
+        """Writes the landmark model and its predictions on every image of the corpus."""
+        active = self.run.record(self.phases[-1].round).active
+        channels = [channel for channel, is_active in enumerate(active) if is_active]
+        model = keep_landmarks(model, channels)
+        shards = balanced(self.corpus.manifest.shards, self.group.world)[self.group.rank]
+        for done, shard in enumerate(shards, start=1):
+            predicted = predict_shard(model, self.corpus, shard, self.settings)
+            storage.save_npz(
+                self.run.predictions_url(shard.file), points=predicted.points, confidence=predicted.confidence
+            )
+            self.tools.log({"kind": "shards", "what": "predict", "done": done, "total": len(shards)})
+        self.group.wait()
+        if self.group.rank == 0:
+            save_model(
+                self.run.model_url,
+                model,
+                network=self.settings.network,
+                clusters=channels,
+                visible=self.settings.stage2.visible,
+            )
+        self.group.wait()
+
+    def _train(self, index: int, done: int, record: RoundRecord) -> None:
+        """Steps of one phase, from step `done` of it on."""
+        phase = self.phases[index]
+        active = torch.tensor(record.active, device=self.group.device)
+        generator = torch.Generator(self.group.device)
+        wrapped = self.group.wrap(self.model.train())
+        figures = Figures(self.group, phase, self._batch_size(phase))
+        skipped = 0
+        stream = self._stream(phase, done, record) if done < phase.steps else iter(())
+        for step in range(done, phase.steps):
+            with figures.waiting():
+                batch = next(stream).to(self.group.device)
+            global_step = phase.first_step + step
+            generator.manual_seed(derived_seed(self.settings.seed, STEP_SEED, self.group.rank, global_step))
+            if phase.stage == 1:
+                losses = stage1_losses(wrapped, batch, self.settings, generator)
+            else:
+                losses = stage2_losses(wrapped, batch, active, self.settings, generator)
+            self.optimizer.zero_grad()
+            losses["loss"].backward()
+            # DDP has averaged the gradients, so this norm, and what follows from it, is the same on all ranks.
+            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            if torch.isfinite(norm):
+                skipped = 0
+                self.optimizer.param_groups[0]["lr"] = learning_rate(self.settings, phase, step)
+                self.optimizer.step()
+            else:
+                skipped += 1
+                self._report_skip(global_step, batch, skipped)
+            figures.add(losses | {"gradient_norm": norm})
+            last = step + 1 == phase.steps
+            if (step + 1) % LOG_STEPS == 0 or last:
+                rate = self.optimizer.param_groups[0]["lr"]
+                self.tools.log(figures.line(global_step + 1, step + 1) | {"learning_rate": rate})
+            if (step + 1) % self.settings.resources.checkpoint_steps == 0 or last:
+                self._checkpoint(index, step + 1)
+
+    def _stream(self, phase: Phase, done: int, record: RoundRecord) -> Iterator[Batch]:
+        examples = training_examples(
+            self.corpus.url,
+            self.corpus.manifest,
+            lambda shard: self.run.labels(record, shard),
+            self.settings.stage1.min_labels if phase.stage == 1 else 1,
+            self.group.rank,
+            self.group.world,
+            # Two phases on the labels of one round do not exist, so the round tells them apart.
+            derived_seed(self.settings.seed, DATA_SEED, phase.round) % 2**32,
+        )
+        return batches(examples, self._batch_size(phase), self.settings.network.input_size, skip=done)
+
+    def _batch_size(self, phase: Phase) -> int:
+        size = self.settings.stage1.pairs if phase.stage == 1 else self.settings.stage2.batch
+        return size // self.group.world
+
+    def _restore(self) -> tuple[int, int]:
+        """Builds model and optimizer as they were; returns phase index and steps done in it."""
+        torch.manual_seed(derived_seed(self.settings.seed, WEIGHT_SEED))
+        found = latest_checkpoint(self.checkpoints)
+        self.model: DetectorDescriptor | LandmarkDetector = DetectorDescriptor(self.settings.network.shape)
+        self.model.to(self.group.device)
+        self._new_optimizer()
+        if found is None:
+            return 0, 0
+        record, tensors = found
+        if record.settings != self.settings_hash:
+            raise ValueError(f"{self.checkpoints} belongs to other settings; take another --name for these")
+        if record.stage == 2:
+            self._start_stage2(len(self.run.record(self.phases[record.phase].round).active))
+        self.model.load_state_dict(tensors["model.safetensors"])
+        restore_optimizer(self.optimizer, tensors["optimizer.safetensors"])
+        self.tools.log({"kind": "resume", "step": record.step})
+        return record.phase, record.phase_step
+
+    def _start_stage2(self, landmarks: int) -> None:
+        assert isinstance(self.model, DetectorDescriptor)
+        torch.manual_seed(derived_seed(self.settings.seed, WEIGHT_SEED, 2))
+        self.model = LandmarkDetector.from_stage1(self.model.cpu(), landmarks).to(self.group.device)
+        self._new_optimizer()
+
+    def _new_optimizer(self) -> None:
+        stage = self.settings.stage1 if isinstance(self.model, DetectorDescriptor) else self.settings.stage2
+        self.optimizer = torch.optim.RMSprop(
+            self.model.parameters(), lr=stage.learning_rate, weight_decay=stage.weight_decay
+        )
+
+    def _checkpoint(self, index: int, phase_step: int) -> None:
+        phase = self.phases[index]
+        if self.group.rank == 0:
+            write_checkpoint(
+                self.checkpoints,
+                self.model,
+                self.optimizer,
+                step=phase.first_step + phase_step,
+                phase=index,
+                phase_step=phase_step,
+                stage=phase.stage,
+                settings=self.settings_hash,
+            )
+        self.group.wait()
+
+    def _report_skip(self, step: int, batch: Batch, skipped: int) -> None:
+        keys = [key for own in self.group.gather(batch.keys) for key in own]
+        logger.warning("step %d skipped: gradient not finite; samples %s", step, ", ".join(keys))
+        self.tools.log({"kind": "skip", "step": step, "keys": keys})
+        if skipped >= SKIP_LIMIT:
+            raise FloatingPointError(
+                f"{skipped} steps in a row up to step {step} had no finite gradient; the samples of the last one are in "
+                f"{self.run.url}/metrics.jsonl; lower the learning rate or take resources.precision float32"
+            )
+
+
+class Figures:
+    """Means of the losses and the speed since the last line; reads the device only when a line is made."""
+
+    def __init__(self, group: Group, phase: Phase, batch_size: int) -> None:
+        """Starts counting."""
+        self.phase, self.group, self.images = phase, group, batch_size * group.world
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps, self.waited, self.since = 0, 0.0, time.monotonic()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time spent waiting for data."""
+        started = time.monotonic()
+        yield
+        self.waited += time.monotonic() - started
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Adds one step's scalars."""
+        self.steps += 1
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, torch.zeros((), device=value.device)) + value.detach()
+
+    def line(self, step: int, phase_step: int) -> dict[str, Any]:
+        """The figures since the last line, which starts a new one."""
+        seconds = time.monotonic() - self.since
+        means = {name: float(total) / self.steps for name, total in self.sums.items()}
+        speed = {
+            "images_per_second": self.steps * self.images / seconds,
+            "waiting_share": self.waited / seconds,
+            "memory_gb": peak_memory_gb(),
+        }
+        line = {
+            "kind": "step",
+            "phase": self.phase.name,
+            "stage": self.phase.stage,
+            "round": self.phase.round,
+        }
+        self._reset()
+        return line | {"step": step, "phase_step": phase_step, "phase_steps": self.phase.steps} | means | speed
+
+
+def peak_memory_gb() -> float:
+    """Peak resident memory of this process, in GB (1e9 bytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
