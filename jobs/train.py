@@ -5,6 +5,7 @@ The same command goes on with an unfinished run of that name, and finds a finish
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -12,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sst.config import PRESETS, TrainSettings
 from sst.errors import exit_on_user_error
-from sst.pipeline import percent, train_run
+from sst.pipeline import Outcome, percent, train_run
+from sst.tracking import redact
 
 
 class TrainCommand(BaseModel):
@@ -62,12 +64,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
+    print_outcome(outcome, command.tracking)
+
+
+def print_outcome(outcome: Outcome, tracking: str) -> None:
+    """Says what came out and where to look at it."""
     if outcome.scores is not None:
         print(f"forward error   {percent(outcome.scores.forward)}")
         print(f"backward error  {percent(outcome.scores.backward)}")
         print(f"landmarks       {outcome.landmarks}, {outcome.scores.landmarks_kept} in over 80 % of the images")
+    else:
+        print(f"landmarks       {outcome.landmarks}; the corpus has no annotations to score them with")
     print(f"report          {outcome.report}")
-    print(f"compare runs    mlflow ui --backend-store-uri {command.tracking}")
+    print(f"MLflow          {Path(sys.executable).parent}/mlflow ui --backend-store-uri {redact(tracking)}")
 
 
 if __name__ == "__main__":

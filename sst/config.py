@@ -1,6 +1,7 @@
 """Everything a run can be told, in one typed tree, and the presets.
 
-Every model is frozen and refuses unknown keys. Defaults are the published values (Mallis et al. 2020, section 4 and supplementary
+Every model is frozen and refuses unknown keys. Defaults are the published values (Mallis et al. 2020, section
+4 and supplementary
 material; CelebA); a preset states only what differs.
 """
 
@@ -217,21 +218,21 @@ PRESETS: dict[str, tuple[str, TrainSettings]] = {
             keypoints=KeypointSettings(outlier_reference=10_000, outlier_neighbours=7),
             cluster=ClusterSettings(clusters=30, sample=100_000),
             stage1=Stage1Settings(
-                warmup_iterations=900,
-                rounds=7,
-                round_iterations=450,
+                warmup_iterations=1_000,
+                rounds=8,
+                round_iterations=500,
                 min_labels=4,
                 detector_target="bump",
                 detector_weight=2.0,
                 threshold=0.15,
             ),
             stage2=Stage2Settings(
-                iterations=4_000,
+                iterations=6_000,
                 batch=32,
-                milestones=(2_600, 3_300),
+                milestones=(4_000, 5_000),
                 min_population=200,
-                merge_after=1_400,
-                merge_every=600,
+                merge_after=2_000,
+                merge_every=1_000,
             ),
             resources=ResourceSettings(checkpoint_steps=200),
         ),

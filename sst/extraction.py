@@ -36,6 +36,7 @@ def first_descriptors(corpus: str, shard: ShardInfo, detector: KeypointDetector,
     """
     import cv2
 
+    cv2.setNumThreads(1)  # a shard is a task, and there are as many tasks as cores
     points, descriptors, counts = [], [], [0]
     for sample in read_shard(f"{corpus}/{shard.file}", shard.sha256):
         image, to_view = decode_to_view(sample, VIEW)

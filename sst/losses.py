@@ -88,7 +88,8 @@ def landmark_target(
 ) -> tuple[Tensor, Tensor]:
     """Bumps at the labelled points, one channel per cluster.
 
-    The published 3 x 3 bump is a Gaussian sampled around a rounded point; here it is sampled around the point itself, so
+    The published 3 x 3 bump is a Gaussian sampled around a rounded point; here it is sampled around the point
+    itself, so
     nothing of the point's precision is lost. At points on the grid both are equal.
 
     Args:

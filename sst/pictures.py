@@ -121,7 +121,8 @@ def draw_all(run: RunDirectory, corpus: Corpus, model: ModelRecord, scores: Scor
     drawn.append(
         ReportFigure(
             "landmarks",
-            "Landmarks on images the training has not seen. The same number and colour should sit on the same part of the "
+            "Landmarks on images the training has not seen. The same number and colour should sit on "
+            "the same part of the "
             "object everywhere.",
             png(figures.landmark_grid(np.stack(shown.views), points, confidence >= visible)),
         )
@@ -130,7 +131,8 @@ def draw_all(run: RunDirectory, corpus: Corpus, model: ModelRecord, scores: Scor
     drawn.append(
         ReportFigure(
             "before_after",
-            "Above: the first keypoints and their clusters, where training started. Below: the landmarks it ended with.",
+            "Above: the first keypoints and their clusters, where training started. Below: the "
+            "landmarks it ended with.",
             png(
                 figures.before_after(
                     np.stack(before.views),
@@ -145,7 +147,8 @@ def draw_all(run: RunDirectory, corpus: Corpus, model: ModelRecord, scores: Scor
         drawn.append(
             ReportFigure(
                 "errors",
-                "Errors of the best landmarks, averaged from the best to the worst. Forward: annotated points found from the "
+                "Errors of the best landmarks, averaged from the best to the worst. Forward: annotated "
+                "points found from the "
                 "landmarks. Backward: landmarks found from the annotated points. Lower is better.",
                 png(figures.error_curves(scores.forward_curve, scores.backward_curve, scores.protocol)),
             )
@@ -163,7 +166,8 @@ def draw_all(run: RunDirectory, corpus: Corpus, model: ModelRecord, scores: Scor
         drawn.append(
             ReportFigure(
                 f"landmark_{k:02d}",
-                f"Landmark {k} (cluster {model.clusters[k]}) on {len(crops)} images: the mark should lie on the same part.",
+                f"Landmark {k} (cluster {model.clusters[k]}) on {len(crops)} images: the mark should lie on "
+                f"the same part.",
                 png(figures.cluster_gallery(crops, marks, f"Landmark {k}")),
             )
         )

@@ -63,9 +63,10 @@ def claim(run: RunDirectory, settings: TrainSettings, corpus: Corpus) -> None:
         UserError: if a run of that name exists with other settings or data; the message has the differences.
     """
     url = storage.join(run.url, "settings.json")
-    told = {"settings": settings.model_dump(mode="json"), "manifest": corpus.manifest_hash}
+    told = {"settings": settings.model_dump(mode="json"), "manifest": corpus.manifest_hash, "shards": corpus.url}
     if storage.exists(url):
-        changed = differences(storage.read_json(url), told)
+        # The same corpus may have moved: its manifest tells.
+        changed = differences(storage.read_json(url) | {"shards": corpus.url}, told)
         if changed:
             raise UserError(
                 f"{run.url} is a run with other settings or data ({'; '.join(changed)}); take another --name, or "

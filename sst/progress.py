@@ -41,7 +41,8 @@ def step_line(line: dict[str, Any], left: str) -> str:
     losses = " ".join(f"{name} {line[name]:8.5f}" for name in ("loss", "detector", "descriptor") if name in line)
     done = f"{line['phase_step']:>6}/{line['phase_steps']:<6}"
     return (
-        f"{line['phase']:<10} {done} {losses}  |g| {line['gradient_norm']:7.3f}  {line['images_per_second']:7.1f} img/s  "
+        f"{line['phase']:<10} {done} {losses}  |g| {line['gradient_norm']:7.3f}  "
+        f"{line['images_per_second']:7.1f} img/s  "
         f"wait {100 * line['waiting_share']:3.0f} %  {line['memory_gb']:5.2f} GB  left {left}"
     )
 

@@ -1,6 +1,7 @@
 """Between two phases: the next round's labels, by correspondence (stage 1) or by merging (stage 2).
 
-Every worker computes its shards; rank 0 collects per-shard numbers, runs k-means and assignment through the tools that it was
+Every worker computes its shards; rank 0 collects per-shard numbers, runs k-means and assignment through the
+tools that it was
 given, and writes the round's record last.
 """
 

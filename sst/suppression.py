@@ -12,7 +12,8 @@ def suppress(heat_BHW: Tensor, threshold: float, radius: int = 1) -> Tensor:
     """Greedy non-maximum suppression with square neighbourhoods, for all images at once.
 
     Same result as visiting the cells above `threshold` in descending order and dropping each that lies within
-    `radius` (Chebyshev distance) of one kept before: in every pass the highest remaining cell of each neighbourhood is kept and its
+    `radius` (Chebyshev distance) of one kept before: in every pass the highest remaining cell of each
+    neighbourhood is kept and its
     neighbours fall. Of equal neighbouring cells the first in reading order is kept.
 
     Args:
@@ -45,7 +46,8 @@ def suppress(heat_BHW: Tensor, threshold: float, radius: int = 1) -> Tensor:
 def refine(heat_BKHW: Tensor, column_BK: Tensor, row_BK: Tensor) -> Tensor:
     """Sub-cell position of a peak: the vertex of the parabola through the logarithm of its cell and neighbours.
 
-    Exact for a Gaussian. On the border, and where a neighbour is not below the peak, the offset is bounded to half a cell.
+    Exact for a Gaussian. On the border, and where a neighbour is not below the peak, the offset is bounded to
+    half a cell.
 
     Args:
         heat_BKHW: heatmaps.

@@ -281,7 +281,8 @@ class Trainer:
         self.tools.log({"kind": "skip", "step": step, "keys": keys})
         if skipped >= SKIP_LIMIT:
             raise FloatingPointError(
-                f"{skipped} steps in a row up to step {step} had no finite gradient; the samples of the last one are in "
+                f"{skipped} steps in a row up to step {step} had no finite gradient; the samples of the "
+                f"last one are in "
                 f"{self.run.url}/metrics.jsonl; lower the learning rate or take resources.precision float32"
             )
 

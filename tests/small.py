@@ -1,0 +1,78 @@
+"""A corpus and settings small enough to train in seconds."""
+
+from pathlib import Path
+from typing import Any
+
+import simplejpeg
+import torch
+
+from cluster.actor import read_sample
+from cluster.kmeans import fit
+from sst.config import (
+    ClusterSettings,
+    KeypointSettings,
+    NetworkSettings,
+    ResourceSettings,
+    Stage1Settings,
+    Stage2Settings,
+    TrainSettings,
+)
+from sst.first_round import make_first_round
+from sst.group import Group
+from sst.round_making import Corpus, Tools
+from sst.rounds import RunDirectory
+from sst.shards import SampleMeta, ShardWriter
+from sst.toy import draw
+from sst.training import Trainer
+
+SETTINGS = TrainSettings(
+    network=NetworkSettings(input_size=64, width=16, depth=2, groups=2, descriptor_size=16),
+    keypoints=KeypointSettings(most=20, outlier_reference=500, outlier_neighbours=5),
+    cluster=ClusterSettings(clusters=8, sample=2_000),
+    stage1=Stage1Settings(
+        warmup_iterations=6, rounds=2, round_iterations=4, pairs=4, min_labels=2, threshold=0.05
+    ),
+    stage2=Stage2Settings(iterations=9, batch=4, milestones=(6,), min_population=2, merge_after=3, merge_every=3),
+    resources=ResourceSettings(workers=1, checkpoint_steps=3),
+)
+
+
+def write_toy(url: str, train: int, test: int, shard_samples: int = 16, annotated: bool = True) -> None:
+    """Packs drawings of the embedded corpus."""
+    with ShardWriter(url, "toy", "toy", shard_samples) as writer:
+        for index in range(train + test):
+            drawn = draw(5, index, 96)
+            x0, y0, x1, y1 = map(float, drawn.box)
+            writer.add(
+                simplejpeg.encode_jpeg(drawn.image, 95, colorsubsampling="444"),
+                SampleMeta(
+                    source=f"drawing {index}",
+                    split="train" if index < train else "test",
+                    box=(x0, y0, x1, y1),
+                    points=tuple((float(x), float(y)) for x, y in drawn.points) if annotated else None,
+                    visible=tuple(map(bool, drawn.visible)) if annotated else None,
+                ),
+            )
+
+
+def local_tools(lines: list[dict[str, Any]], settings: TrainSettings = SETTINGS) -> Tools:
+    """Everything in this process; figures are appended to `lines`."""
+    return Tools(
+        lambda sample, start, seed: fit(read_sample(sample), settings.cluster.clusters, seed=seed, start=start),
+        log=lines.append,
+    )
+
+
+def train_locally(corpus_url: str, run_url: str, tools: Tools, settings: TrainSettings = SETTINGS) -> Trainer:
+    """A whole run in this process; returns its trainer."""
+    torch.set_num_threads(1)
+    corpus, run = Corpus.open(corpus_url), RunDirectory(run_url)
+    make_first_round(settings, corpus, run, tools)
+    trainer = Trainer(settings, corpus, run, Group(), tools)
+    trainer.finish(trainer())
+    return trainer
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

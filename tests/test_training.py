@@ -1,0 +1,209 @@
+"""The train loop in one process: phases, rounds, checkpoints, and going on after a crash."""
+
+import numpy as np
+import pytest
+import torch
+
+from sst.checkpoint import latest_checkpoint
+from sst.config import PRESETS, Stage1Settings, Stage2Settings, TrainSettings
+from sst.model import load_model
+from sst.rounds import RunDirectory
+from sst.schedule import derived_seed, learning_rate, plan
+from sst.training import stage1_losses, stage2_losses
+from tests.small import SETTINGS, local_tools, train_locally, write_toy
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    url = str(tmp_path_factory.mktemp("corpus"))
+    write_toy(url, train=48, test=16)
+    return url
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    lines = []
+    folder = tmp_path_factory.mktemp("run")
+    trainer = train_locally(corpus, str(folder), local_tools(lines))
+    return folder, trainer, lines
+
+
+def test_phases_follow_each_other():
+    phases = plan(SETTINGS, images=48)
+    assert [p.name for p in phases] == ["warm-up", "round 1", "round 2", "landmarks", "landmarks", "landmarks"]
+    assert [p.round for p in phases] == list(range(6))
+    assert [p.first_step for p in phases] == [0, 6, 10, 14, 17, 20]
+    assert [p.stage_step for p in phases if p.stage == 2] == [0, 3, 6]
+    assert sum(p.steps for p in phases) == 6 + 2 * 4 + 9
+
+
+def test_without_stage1_the_landmark_head_starts_on_the_first_labels():
+    settings = TrainSettings(stage1=Stage1Settings(warmup_iterations=0, rounds=0))
+    assert {phase.stage for phase in plan(settings, images=1000)} == {2}
+
+
+def test_published_plan_merges_every_second_epoch():
+    phases = [phase for phase in plan(PRESETS["celeba"][1], images=64_000) if phase.stage == 2]
+    assert phases[0].steps == 25_000
+    assert {phase.steps for phase in phases[1:-1]} == {2_000}
+    assert sum(phase.steps for phase in phases) == 80_000
+
+
+def test_learning_rates_are_the_published_ones():
+    settings = PRESETS["celeba"][1]
+    warm, one = plan(settings, 64_000)[:2]
+    rates = [learning_rate(settings, one, step) for step in range(0, 10_000, 2_000)]
+    assert rates[0] == pytest.approx(5e-4) and rates[-1] == pytest.approx(5e-6)
+    assert rates == sorted(rates, reverse=True) and len(set(rates)) == 5
+    assert learning_rate(settings, one, 1_999) == rates[0]
+    assert learning_rate(settings, warm, 0) == pytest.approx(5e-4)
+    last = plan(settings, 64_000)[-1]
+    assert learning_rate(settings, last, last.steps - 1) == pytest.approx(5e-6)
+
+
+def test_seeds_differ_for_every_purpose_rank_and_step():
+    seeds = {derived_seed(0, p, rank, step) for p in range(4) for rank in range(8) for step in range(200)}
+    assert len(seeds) == 4 * 8 * 200
+    assert derived_seed(1, 2, 3) == derived_seed(1, 2, 3) != derived_seed(2, 2, 3)
+
+
+def test_a_run_leaves_all_its_rounds_a_model_and_predictions(finished):
+    folder, trainer, lines = finished
+    records = RunDirectory(str(folder)).records()
+    assert [r.kind for r in records] == ["keypoints"] + ["correspondence"] * 3 + ["merge"] * 2
+    for record in records:
+        assert record.figures["labels_per_image"] > 0
+    assert "label_persistence" in records[2].figures
+    model, known = load_model(str(folder / "model"))
+    assert len(known.clusters) == sum(records[-1].active) == model.landmark.out.out_channels
+    shards = trainer.corpus.manifest.shards
+    for shard in shards:
+        arrays = np.load(folder / "predictions" / shard.file.replace(".tar", ".npz"))
+        assert arrays["points"].shape == (shard.samples, len(known.clusters), 2)
+    assert {line["kind"] for line in lines} == {"shards", "step", "round"}
+    assert all(np.isfinite(line["loss"]) for line in lines if line["kind"] == "step")
+    assert not list(folder.rglob("*.tmp"))
+
+
+class Crash(Exception):
+    """Stands for a killed worker."""
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        ("step", "warm-up"),
+        ("step", "round 2"),
+        ("step", "landmarks"),
+        ("shards", "extract"),
+        ("shards", "merge"),
+        ("shards", "predict"),
+    ],
+)
+def test_a_crashed_run_goes_on_and_ends_with_equal_weights_and_labels(finished, corpus, tmp_path, at):
+    undisturbed, _, _ = finished
+    fired = []
+
+    def fail_once(line):
+        place = (line["kind"], line.get("phase", line.get("what")))
+        if place == at and not fired:
+            fired.append(line)
+            raise Crash
+
+    tools = local_tools([])
+    broken = type(tools)(tools.fit, log=fail_once)
+    with pytest.raises(Crash):
+        train_locally(corpus, str(tmp_path), broken)
+    train_locally(corpus, str(tmp_path), broken)
+    assert len(fired) == 1
+    for part in ("model", "predictions", "rounds/0003/labels", "rounds/0005/labels"):
+        ours = {p.name: p.read_bytes() for p in (tmp_path / part).iterdir()}
+        theirs = {p.name: p.read_bytes() for p in (undisturbed / part).iterdir()}
+        assert ours == theirs, part
+
+
+def test_other_settings_do_not_take_over_a_checkpoint(finished, corpus):
+    folder, _, _ = finished
+    other = SETTINGS.model_copy(update={"seed": 1})
+    with pytest.raises(ValueError, match="other settings"):
+        train_locally(corpus, str(folder), local_tools([]), other)
+
+
+def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path, caplog):
+    folder, _, _ = finished
+    import shutil
+
+    shutil.copytree(folder / "checkpoints", tmp_path / "c")
+    newest, older = sorted((tmp_path / "c").iterdir(), reverse=True)[:2]
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    record, tensors = latest_checkpoint(str(tmp_path / "c"))
+    assert record.step == int(older.name)
+    assert set(tensors) == {"model.safetensors", "optimizer.safetensors"}
+    assert "does not match its recorded hash" in caplog.text
+
+
+def test_merged_channels_lose_their_activity_and_their_labels(finished):
+    folder, _, _ = finished
+    run = RunDirectory(str(folder))
+    last = run.record(5)
+    for shard in ("shard-00000.tar", "shard-00002.tar"):
+        _, counts = np.unique(run.labels(last, shard).cluster, return_counts=True)
+        assert counts.sum() == len(run.labels(last, shard).points)
+    assert sum(last.population) == pytest.approx(last.figures["labels_per_image"] * 48)
+
+
+def test_too_few_descriptors_are_named(corpus, tmp_path):
+    settings = SETTINGS.model_copy(
+        update={"cluster": SETTINGS.cluster.model_copy(update={"clusters": 5000})}
+    )
+    with pytest.raises(ValueError, match="5000"):
+        train_locally(corpus, str(tmp_path), local_tools([], settings), settings)
+
+
+def test_not_finite_losses_stop_the_run_with_their_samples(corpus, tmp_path):
+    lines = []
+    settings = SETTINGS.model_copy(
+        update={"stage1": SETTINGS.stage1.model_copy(update={"learning_rate": 1e30, "warmup_iterations": 40})}
+    )
+    with pytest.raises(FloatingPointError, match=r"metrics\.jsonl"):
+        train_locally(corpus, str(tmp_path), local_tools(lines), settings)
+    skips = [line for line in lines if line["kind"] == "skip"]
+    assert len(skips) == 5 and all(len(line["keys"]) == 4 for line in skips)
+
+
+def test_step_losses_are_functions_of_the_generator(finished, corpus):
+    _, trainer, _ = finished
+    from sst.network import DetectorDescriptor
+
+    torch.manual_seed(0)
+    one = DetectorDescriptor(SETTINGS.network.shape)
+    batch = next(trainer._stream(trainer.phases[0], 0, trainer.run.record(0)))
+    again = next(trainer._stream(trainer.phases[0], 0, trainer.run.record(0)))
+    assert batch.keys == again.keys and torch.equal(batch.images, again.images)
+    values = [
+        float(stage1_losses(one, batch, SETTINGS, torch.Generator().manual_seed(seed))["loss"].detach())
+        for seed in (1, 1, 2)
+    ]
+    assert values[0] == values[1] != values[2]
+    active = torch.ones(8, dtype=torch.bool)
+    two = stage2_losses(trainer.model, batch, active, SETTINGS, torch.Generator().manual_seed(1))["loss"]
+    assert float(two.detach()) > 0
+
+
+def test_skipped_batches_are_those_of_an_unbroken_stream(finished):
+    _, trainer, _ = finished
+    record = trainer.run.record(0)
+    whole = trainer._stream(trainer.phases[0], 0, record)
+    keys = [next(whole).keys for _ in range(5)]
+    resumed = trainer._stream(trainer.phases[0], 3, record)
+    assert [next(resumed).keys for _ in range(2)] == keys[3:]
+
+
+def test_settings_that_contradict_each_other_are_refused():
+    with pytest.raises(ValueError, match="multiple"):
+        TrainSettings(stage2=Stage2Settings(batch=3))
+    with pytest.raises(ValueError, match="untrained"):
+        TrainSettings(stage1=Stage1Settings(warmup_iterations=0))
+    with pytest.raises(ValueError, match="roundz"):
+        Stage1Settings(roundz=3)
