@@ -108,6 +108,20 @@ def start_kmeans(settings: TrainSettings, gpu: bool) -> Any:
     return start_actor(num_gpus=settings.resources.kmeans_gpus if gpu else 0.0, num_cpus=0)
 
 
+def kmeans_backend(actor: Any, settings: TrainSettings) -> str:
+    """What runs k-means: "cuml" or "torch".
+
+    Raises:
+        UserError: if cuml is asked for where it cannot run.
+    """
+    import ray
+
+    try:
+        return str(ray.get(actor.backend.remote(settings.cluster.backend)))
+    except ray.exceptions.RayTaskError as error:
+        raise UserError(str(error.cause)) from None
+
+
 def train_on_workers(settings: TrainSettings, corpus_url: str, run_url: str, actor: Any, gpu: bool) -> None:
     """Trains by DDP on the running cluster, to the end; needs round 0.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster import storage
 from sst.config import TrainSettings
-from sst.distributed import check_local_cpus, ray_tools, start_kmeans, start_ray, train_on_workers
+from sst.distributed import check_local_cpus, kmeans_backend, ray_tools, start_kmeans, start_ray, train_on_workers
 from sst.errors import UserError
 from sst.evaluation import Scores
 from sst.first_round import make_first_round
@@ -118,7 +118,7 @@ def train_run(
         with showing(run, settings, corpus, tracker) as show:
             gpu = start_ray(settings.resources)
             actor = start_kmeans(settings, gpu)
-            show.say(describe(settings, corpus, gpu))
+            show.say(describe(settings, corpus, gpu, kmeans_backend(actor, settings)))
             metrics = MetricsFile(run_url)
             try:
                 make_first_round(settings, corpus, run, ray_tools(settings, actor, metrics.write, "keypoints"))
@@ -136,12 +136,12 @@ def train_run(
         tracker.close(status)
 
 
-def describe(settings: TrainSettings, corpus: Corpus, gpu: bool) -> str:
+def describe(settings: TrainSettings, corpus: Corpus, gpu: bool, kmeans: str) -> str:
     """What the run works with, in one line."""
     images, workers = corpus.manifest.samples_of("train"), settings.resources.workers
     return (
         f"{images} training images in {len(corpus.train)} shards; {workers} workers on {'GPUs' if gpu else 'CPUs'}, "
-        f"{settings.resources.precision}; k-means: {settings.cluster.backend}"
+        f"{settings.resources.precision}; k-means by {kmeans}"
     )
 
 

@@ -47,6 +47,20 @@ def step_line(line: dict[str, Any], left: str) -> str:
     )
 
 
+def round_line(line: dict[str, Any]) -> str:
+    """One line of a round's figures."""
+    names = {
+        "labels_per_image": "labels/image",
+        "clusters_in_use": "clusters",
+        "label_persistence": "persist",
+        "equivariance_error": "equivariance %",
+        "inertia": "inertia",
+        "merged": "merged",
+    }
+    figures = "  ".join(f"{short} {line[name]:.4g}" for name, short in names.items() if name in line)
+    return f"round {line['round']} ({line['made_by']})  {figures}"
+
+
 class TimeLeft:
     """Estimates a run's remaining time from its measured speed in each stage.
 
@@ -104,6 +118,8 @@ class Show:
         elif kind == "shards":
             text = f"{line['what']:<10} {line['done']:>6}/{line['total']:<6} shards"
             whole = line["done"] == line["total"]
+        elif kind == "round":
+            text, whole = round_line(line), True
         else:
             text, whole = " ".join(f"{name} {value}" for name, value in line.items() if name != "time"), True
         self.say(text, whole)

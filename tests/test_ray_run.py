@@ -1,0 +1,176 @@
+"""Whole runs through the commands, on one shared local Ray cluster with two DDP workers."""
+
+import base64
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+
+from jobs import evaluate, pack, train
+from sst.shards import Manifest
+
+TINY = """
+--network.input-size 64 --network.width 16 --network.depth 2 --network.groups 2 --network.descriptor-size 16
+--keypoints.most 20 --cluster.clusters 8 --stage1.warmup-iterations 10 --stage1.rounds 2 --stage1.round-iterations 10
+--stage1.pairs 4 --stage1.min-labels 2 --stage1.threshold 0.05 --stage2.iterations 30 --stage2.batch 4
+--stage2.min-population 2 --stage2.merge-after 10 --stage2.merge-every 10 --resources.checkpoint-steps 5
+""".split()
+
+
+def arguments(folder: Path, shards: Path, name: str) -> list[str]:
+    return [
+        *("toy-cpu", "--shards", str(shards), "--name", name, "--runs", str(folder / "runs")),
+        *("--tracking", f"sqlite:///{folder}/mlflow.db", *TINY),
+    ]
+
+
+def lines(run: Path) -> list[dict]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def model_bytes(run: Path) -> bytes:
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+def all_labels(run: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(run)): p.read_bytes() for p in sorted(run.glob("rounds/*/labels/*.npz"))}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("whole")
+
+
+@pytest.fixture(scope="module")
+def shards(folder):
+    out = folder / "shards"
+    pack.main(f"toy --count 90 --size 96 --test-share 0.3 --shard-samples 16 --out {out}".split())
+    return out
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    yield
+    import ray
+
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, shards, cluster):
+    train.main(arguments(folder, shards, "undisturbed"))
+    return folder / "runs" / "undisturbed"
+
+
+def test_a_run_is_scored_pictured_and_tracked(undisturbed, folder):
+    page = (undisturbed / "report.html").read_text()
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(pictures) >= 4
+    assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
+    assert "http://" not in page and "https://" not in page
+    scores = json.loads((undisturbed / "scores.json").read_text())
+    assert scores["protocol"] == "toy"
+    kinds = {line["kind"] for line in lines(undisturbed)}
+    assert {"step", "round", "shards"} <= kinds
+    run_id = json.loads((undisturbed / "mlflow.json").read_text())["run_id"]
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED" and run.info.run_name == "undisturbed"
+    assert run.data.params["stage1.rounds"] == "2"
+    assert len(client.get_metric_history(run_id, "round/labels_per_image")) == 6
+    assert run.data.metrics["step/images_per_second"] > 0
+    assert {file.path for file in client.list_artifacts(run_id)} == {"figures", "report.html"}
+
+
+def test_the_same_command_finds_the_run_done(undisturbed, folder, shards, capsys):
+    before, count = model_bytes(undisturbed), len(lines(undisturbed))
+    train.main(arguments(folder, shards, "undisturbed"))
+    assert model_bytes(undisturbed) == before and len(lines(undisturbed)) == count
+    assert "report" in capsys.readouterr().out
+
+
+def test_other_settings_under_the_same_name_are_refused(undisturbed, folder, shards, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main([*arguments(folder, shards, "undisturbed"), "--seed", "1"])
+    assert stop.value.code == 2
+    assert "seed: 0 -> 1" in capsys.readouterr().err
+
+
+def test_evaluate_puts_a_run_beside_its_baselines(undisturbed, capsys):
+    rows = evaluate.evaluate_run(evaluate.Run(run=str(undisturbed)))
+    assert set(rows) == {"constant guess", "first keypoints, no training", "trained landmarks"}
+    assert 0.05 < rows["constant guess"][0] < 0.5
+    assert "constant guess" in capsys.readouterr().out
+
+
+def test_a_killed_worker_costs_nothing_of_the_result(undisturbed, folder, shards):
+    run, killed = folder / "runs" / "worker", []
+
+    def kill_one():
+        while not killed:
+            if any(line.get("phase") == "round 1" for line in lines(run)):
+                for process in psutil.process_iter(["cmdline"]):
+                    if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+                        process.kill()
+                        killed.append(process.pid)
+                        return
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=kill_one, daemon=True)
+    thread.start()
+    train.main(arguments(folder, shards, "worker"))
+    assert len(killed) == 1
+    assert any(line["kind"] == "resume" for line in lines(run))
+    assert model_bytes(run) == model_bytes(undisturbed)
+    assert all_labels(run) == all_labels(undisturbed)
+
+
+def test_a_killed_driver_is_followed_by_the_same_command(undisturbed, folder, shards):
+    run = folder / "runs" / "driver"
+    command = [sys.executable, "-m", "jobs.train", *arguments(folder, shards, "driver")]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment, start_new_session=True) as process:
+        deadline = time.monotonic() + 240
+        while not any(line.get("phase") == "landmarks" for line in lines(run)):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        os.kill(process.pid, signal.SIGKILL)
+    assert not (run / "model").exists()
+    train.main(arguments(folder, shards, "driver"))
+    assert model_bytes(run) == model_bytes(undisturbed)
+    assert all_labels(run) == all_labels(undisturbed)
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_fewer_descriptors_than_clusters(folder, shards, cluster, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main([*arguments(folder, shards, "few"), "--cluster.clusters", "30000"])
+    assert stop.value.code == 2
+    assert "30000" in capsys.readouterr().err
+
+
+def test_a_corpus_without_annotations_trains_too(folder, cluster, tmp_path):
+    import simplejpeg
+
+    from sst.toy import draw
+
+    images = tmp_path / "images"
+    images.mkdir()
+    for index in range(60):
+        (images / f"{index}.jpg").write_bytes(simplejpeg.encode_jpeg(draw(1, index, 96).image))
+    pack.main(f"folder --images {images} --out {tmp_path / 'shards'} --shard-samples 16".split())
+    assert Manifest.load(str(tmp_path / "shards")).landmarks is None
+    train.main([*arguments(folder, tmp_path / "shards", "plain"), "--stage1.rounds", "1"])
+    run = folder / "runs" / "plain"
+    assert not (run / "scores.json").exists()
+    assert "no annotations" in (run / "report.html").read_text()
