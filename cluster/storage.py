@@ -21,6 +21,11 @@ def join(url: str, *parts: str) -> str:
     return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
+def absolute(url: str) -> str:
+    """The same place for a process that was started elsewhere: local paths from the root, URLs as they are."""
+    return url if "://" in url else os.path.abspath(url)
+
+
 def exists(url: str) -> bool:
     """Whether a file or directory is there."""
     fs, path = fsspec.core.url_to_fs(url)

@@ -1,8 +1,7 @@
 """Everything a run can be told, in one typed tree, and the presets.
 
-Every model is frozen and refuses unknown keys. Defaults are the published values (Mallis et al. 2020, section
-4 and supplementary
-material; CelebA); a preset states only what differs.
+Every model is frozen and refuses unknown keys. Defaults are the published values (Mallis et al. 2020, section 4
+and supplementary material; CelebA); a preset states only what differs.
 """
 
 from typing import Annotated, Literal, Self

@@ -15,7 +15,7 @@ from cluster.correspondence import Sample
 from cluster.dispatch import RayMap
 from cluster.kmeans import KMeansResult
 from sst.config import ResourceSettings, TrainSettings
-from sst.errors import UserError
+from sst.errors import RunFailedError, UserError
 from sst.round_making import Tools
 
 TASK_CPUS = 0.05
@@ -126,8 +126,9 @@ def train_on_workers(settings: TrainSettings, corpus_url: str, run_url: str, act
     """Trains by DDP on the running cluster, to the end; needs round 0.
 
     Raises:
-        RuntimeError: if more workers were lost than `max_failures`, or a worker raised; the message is its own.
+        RunFailedError: if more workers were lost than `max_failures`, or a worker raised; the message is its own.
     """
+    import ray.train
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -144,13 +145,16 @@ def train_on_workers(settings: TrainSettings, corpus_url: str, run_url: str, act
         scaling_config=ScalingConfig(num_workers=resources.workers, use_gpu=gpu, resources_per_worker=each),
         run_config=RunConfig(
             name="ray",
-            storage_path=run_url if "://" in run_url else os.path.abspath(run_url),
+            storage_path=run_url,
             failure_config=FailureConfig(  # type: ignore[call-arg]
                 max_failures=resources.max_failures, controller_failure_limit=3
             ),
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise RunFailedError(str(error)) from None
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:

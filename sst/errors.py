@@ -11,9 +11,15 @@ class UserError(Exception):
     """A mistake in what was asked for; its message says what is wrong and what to do."""
 
 
+class RunFailedError(Exception):
+    """A run that began and could not be finished; its message has the worker's own."""
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Prints a `UserError`, or every problem of a configuration, on stderr and exits with code 2.
+
+    A run that failed on the way exits with code 1.
 
     Usable as a decorator too.
 
@@ -25,6 +31,9 @@ def exit_on_user_error() -> Iterator[None]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except RunFailedError as error:
+        print(f"error: training failed; the same command goes on from the last checkpoint\n{error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except ValidationError as error:
         for problem in error.errors():
             print(

@@ -1,8 +1,7 @@
 """Pictures from arrays: each function draws one figure and returns it, touching no global state.
 
 Every landmark has a colour and a number; the colours are Okabe and Ito's, safe for colour-blind readers, and
-repeat with
-another marker shape.
+repeat with another marker shape.
 """
 
 from collections.abc import Sequence

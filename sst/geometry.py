@@ -1,10 +1,9 @@
 """Where a point lies in each picture of the same thing, as 3x3 matrices over homogeneous (x, y, 1).
 
 Three frames: the *stored image* of a shard; the *view*, the network's S x S input; the *heatmap* at a quarter
-of the view. Points are (x, y) with pixel centres at integers. The canonical (un-augmented) view stretches the object
-box over the whole input: box corner (x0, y0) lies at view (0, 0) and (x1, y1) at (S, S). A heatmap point (x,
-y) lies at view
-pixel (4x, 4y).
+of the view. Points are (x, y) with pixel centres at integers. The canonical (un-augmented) view stretches the
+object box over the whole input: box corner (x0, y0) lies at view (0, 0) and (x1, y1) at (S, S). A heatmap point
+(x, y) lies at view pixel (4x, 4y).
 """
 
 import numpy as np

@@ -1,8 +1,8 @@
 """First keypoints: where training starts, before any network has learnt anything.
 
 A detector takes the canonical view of one image, at 256 x 256, and returns points in pixels of that view and
-L2-normalised
-descriptors. The default, upright RootSIFT, needs no download and beats SuperPoint on small crops (docs/method.md).
+L2-normalised descriptors. The default, upright RootSIFT, needs no download and beats SuperPoint on small crops
+(docs/method.md).
 """
 
 from dataclasses import dataclass
@@ -39,9 +39,8 @@ class KeypointDetector(Protocol):
 class RootSift:
     """SIFT points with upright RootSIFT descriptors of one size.
 
-    SIFT's own orientation and scale make descriptors of one object part on different images differ; for
-    objects that stand
-    mostly upright both are better fixed (Arandjelovic and Zisserman 2012 for the root).
+    SIFT's own orientation and scale make descriptors of one object part on different images differ; for objects
+    that stand mostly upright both are better fixed (Arandjelovic and Zisserman 2012 for the root).
 
     Attributes:
         patch: keypoint size in pixels of the view, which sets the described area.

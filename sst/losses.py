@@ -1,7 +1,7 @@
 """Targets and losses of both stages, over padded point arrays: no loop over images or points.
 
-B batch, N M points of the two views, K landmarks, D descriptor size, H W heatmap. Points are (x, y) in heatmap units;
-cluster -1 marks padding. Source: Mallis et al. 2020, sections 3.1 to 3.3.
+B batch, N M points of the two views, K landmarks, D descriptor size, H W heatmap. Points are (x, y) in heatmap
+units; cluster -1 marks padding. Source: Mallis et al. 2020, sections 3.1 to 3.3.
 """
 
 from typing import Literal
@@ -89,8 +89,7 @@ def landmark_target(
     """Bumps at the labelled points, one channel per cluster.
 
     The published 3 x 3 bump is a Gaussian sampled around a rounded point; here it is sampled around the point
-    itself, so
-    nothing of the point's precision is lost. At points on the grid both are equal.
+    itself, so nothing of the point's precision is lost. At points on the grid both are equal.
 
     Args:
         points_BN2: heatmap units.

@@ -56,8 +56,11 @@ def differences(before: Any, after: Any, path: str = "") -> list[str]:
     return [] if before == after else [f"{path}: {before} -> {after}"]
 
 
-def claim(run: RunDirectory, settings: TrainSettings, corpus: Corpus) -> None:
+def claim(run: RunDirectory, settings: TrainSettings, corpus: Corpus) -> bool:
     """Writes what the run was told, or checks that it was told the same before.
+
+    Returns:
+        Whether the run is new.
 
     Raises:
         UserError: if a run of that name exists with other settings or data; the message has the differences.
@@ -72,8 +75,9 @@ def claim(run: RunDirectory, settings: TrainSettings, corpus: Corpus) -> None:
                 f"{run.url} is a run with other settings or data ({'; '.join(changed)}); take another --name, or "
                 "the old settings to go on with it"
             )
-        return
+        return False
     storage.write_json(url, told)
+    return True
 
 
 def open_corpus(url: str) -> Corpus:
@@ -109,9 +113,9 @@ def train_run(
     """
     started = time.monotonic()
     check_local_cpus(settings.resources)
-    corpus, run = open_corpus(shards), RunDirectory(run_url)
-    claim(run, settings, corpus)
-    tracker = Tracker(run_url, tracking, experiment, name)
+    corpus, run = open_corpus(storage.absolute(shards)), RunDirectory(storage.absolute(run_url))
+    is_new = claim(run, settings, corpus)
+    tracker = Tracker(run.url, tracking, experiment, name)
     tracker.log_settings(settings.model_dump(mode="json"))
     status = "FAILED"
     try:
@@ -119,18 +123,22 @@ def train_run(
             gpu = start_ray(settings.resources)
             actor = start_kmeans(settings, gpu)
             show.say(describe(settings, corpus, gpu, kmeans_backend(actor, settings)))
-            metrics = MetricsFile(run_url)
+            metrics = MetricsFile(run.url)
             try:
                 make_first_round(settings, corpus, run, ray_tools(settings, actor, metrics.write, "keypoints"))
             except ValueError as error:
                 raise UserError(str(error)) from error
             if not storage.exists(storage.join(run.model_url, "model.json")):
-                train_on_workers(settings, shards, run_url, actor, gpu)
+                train_on_workers(settings, corpus.url, run.url, actor, gpu)
         outcome = finish_run(run, corpus, settings, tracker, time.monotonic() - started)
         status = "FINISHED"
         return outcome
     except KeyboardInterrupt:
         status = "KILLED"
+        raise
+    except UserError:
+        if is_new:
+            storage.remove(run.url)  # so that the name is free for corrected settings
         raise
     finally:
         tracker.close(status)

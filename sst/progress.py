@@ -120,6 +120,8 @@ class Show:
             whole = line["done"] == line["total"]
         elif kind == "round":
             text, whole = round_line(line), True
+        elif kind == "resume":
+            text, whole = f"resumed after step {line['step']}", True
         else:
             text, whole = " ".join(f"{name} {value}" for name, value in line.items() if name != "time"), True
         self.say(text, whole)

@@ -51,8 +51,7 @@ def learning_rate(settings: TrainSettings, phase: Phase, step: int) -> float:
     """Learning rate of a phase's step.
 
     Stage 1: in each phase a cosine from the first to the last rate in `cosine_steps` equal steps. Stage 2: a
-    tenth after
-    each milestone. Source: Mallis et al. 2020, section 4.
+    tenth after each milestone. Source: Mallis et al. 2020, section 4.
     """
     if phase.stage == 2:
         passed = sum(phase.stage_step + step >= milestone for milestone in settings.stage2.milestones)

@@ -13,8 +13,8 @@ def suppress(heat_BHW: Tensor, threshold: float, radius: int = 1) -> Tensor:
 
     Same result as visiting the cells above `threshold` in descending order and dropping each that lies within
     `radius` (Chebyshev distance) of one kept before: in every pass the highest remaining cell of each
-    neighbourhood is kept and its
-    neighbours fall. Of equal neighbouring cells the first in reading order is kept.
+    neighbourhood is kept and its neighbours fall. Of equal neighbouring cells the first in reading order is
+    kept.
 
     Args:
         heat_BHW: heatmaps.

@@ -1,7 +1,7 @@
 """MLflow beside the run: it gets what the run directory has, and never holds the run up.
 
-Calls are made by a background thread from a queue. A server that is gone costs a warning and at most a few seconds at
-the end: everything is in RUN/metrics.jsonl and RUN/figures all the same.
+Calls are made by a background thread from a queue. A server that is gone costs a warning and at most a few
+seconds at the end: everything is in RUN/metrics.jsonl and RUN/figures all the same.
 """
 
 import logging

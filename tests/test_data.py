@@ -42,8 +42,7 @@ def test_every_sample_of_an_epoch_goes_to_exactly_one_worker(shards, world):
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=30), st.integers(1, 40))
 def test_balanced_gives_every_shard_once_and_evenly(sizes, world):
     shards = [
-        ShardInfo(file=f"s{i}.tar", split="train", samples=n, bytes=1, sha256="0" * 64)
-        for i, n in enumerate(sizes)
+        ShardInfo(file=f"s{i}.tar", split="train", samples=n, bytes=1, sha256="0" * 64) for i, n in enumerate(sizes)
     ]
     parts = balanced(shards, world)
     assert sorted(s.file for part in parts for s in part) == sorted(s.file for s in shards)

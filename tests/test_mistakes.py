@@ -103,5 +103,7 @@ def test_pack_of_a_missing_folder(capsys, tmp_path):
 
 @pytest.mark.parametrize("verb", ["pack", "train", "evaluate", "demo"])
 def test_help_of_every_verb(verb):
-    shown = subprocess.run([sys.executable, "-m", f"jobs.{verb}", "--help"], capture_output=True, text=True, timeout=120)
+    shown = subprocess.run(
+        [sys.executable, "-m", f"jobs.{verb}", "--help"], capture_output=True, text=True, timeout=120
+    )
     assert shown.returncode == 0 and f"jobs.{verb}" in shown.stdout

@@ -157,6 +157,7 @@ def test_fewer_descriptors_than_clusters(folder, shards, cluster, capsys):
         train.main([*arguments(folder, shards, "few"), "--cluster.clusters", "30000"])
     assert stop.value.code == 2
     assert "30000" in capsys.readouterr().err
+    assert not (folder / "runs" / "few").exists()
 
 
 def test_a_corpus_without_annotations_trains_too(folder, cluster, tmp_path):
