@@ -19,6 +19,7 @@ class ModelRecord(BaseModel):
         clusters: cluster number behind each of the model's landmarks.
         visible: confidence from which a landmark counts as visible.
         weights: sha256 of `model.safetensors`.
+        figures: label-free figures of the finished model, see `sst.training.Trainer.finish`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -28,6 +29,7 @@ class ModelRecord(BaseModel):
     clusters: list[int]
     visible: float
     weights: str
+    figures: dict[str, float] = {}
 
 
 def keep_landmarks(model: LandmarkDetector, channels: list[int]) -> LandmarkDetector:

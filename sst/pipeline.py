@@ -197,6 +197,7 @@ def finish_run(run: RunDirectory, corpus: Corpus, settings: TrainSettings, track
         storage.write_json(storage.join(run.url, "scores.json"), scores.to_json())
         numbers = {name: v for name, v in scores.to_json().items() if isinstance(v, int | float)}
         tracker.log({f"score/{name}": value for name, value in numbers.items()}, 0)
+    tracker.log({f"model/{name}": value for name, value in model.figures.items()}, 0)
     drawn = draw_all(run, corpus, model, scores)
     report = write_report(
         run.url,
@@ -215,6 +216,8 @@ def finish_run(run: RunDirectory, corpus: Corpus, settings: TrainSettings, track
 def summary(model: ModelRecord, scores: Scores | None, corpus: Corpus, seconds: float) -> dict[str, str]:
     """The figures that the report shows first."""
     shown = {"landmarks": str(len(model.clusters))}
+    if "equivariance_error" in model.figures:
+        shown["equivariance error, of the view"] = f"{model.figures['equivariance_error']:.2f} %"
     if scores is not None:
         shown |= {
             "forward error": percent(scores.forward),

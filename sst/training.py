@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +21,9 @@ from sst.augment import augment
 from sst.checkpoint import latest_checkpoint, restore_optimizer, write_checkpoint
 from sst.config import TrainSettings
 from sst.data import Batch, balanced, batches, training_examples
-from sst.extraction import autocast
+from sst.evaluation import equivariance_error
+from sst.extraction import Predictions, autocast
+from sst.geometry import SCORING_SIZE
 from sst.group import Group
 from sst.losses import descriptor_loss, detector_loss, landmark_loss, sample_descriptors
 from sst.model import keep_landmarks, save_model
@@ -28,6 +31,7 @@ from sst.network import DetectorDescriptor, LandmarkDetector
 from sst.round_making import Corpus, RoundMaker, Tools, predict_shard
 from sst.rounds import RoundRecord, RunDirectory
 from sst.schedule import Phase, derived_seed, learning_rate, plan
+from sst.shards import ShardInfo
 
 logger = logging.getLogger(__name__)
 
@@ -158,8 +162,10 @@ class Trainer:
         channels = [channel for channel, is_active in enumerate(active) if is_active]
         model = keep_landmarks(model, channels)
         shards = balanced(self.corpus.manifest.shards, self.group.world)[self.group.rank]
+        figures: dict[str, float] = {}
         for done, shard in enumerate(shards, start=1):
             predicted = predict_shard(model, self.corpus, shard, self.settings)
+            figures = figures or self._landmark_figures(model, shard, predicted)
             storage.save_npz(
                 self.run.predictions_url(shard.file), points=predicted.points, confidence=predicted.confidence
             )
@@ -172,8 +178,18 @@ class Trainer:
                 network=self.settings.network,
                 clusters=channels,
                 visible=self.settings.stage2.visible,
+                figures=figures,
             )
         self.group.wait()
+
+    def _landmark_figures(self, model: LandmarkDetector, shard: ShardInfo, predicted: Predictions) -> dict[str, float]:
+        """How steady the landmarks of one shard are, without annotations: visibility and equivariance."""
+        again = predict_shard(model, self.corpus, shard, self.settings, warp_seed=self.settings.seed)
+        visible = self.settings.stage2.visible
+        points = [np.where((p.confidence >= visible)[..., None], p.points, np.nan) for p in (predicted, again)]
+        error = equivariance_error(points[0], points[1], SCORING_SIZE)
+        share = float((predicted.confidence >= visible).mean()) if predicted.confidence.size else 0.0
+        return {"visible_share": share} | ({"equivariance_error": error} if np.isfinite(error) else {})
 
     def _train(self, index: int, done: int, record: RoundRecord) -> None:
         """Steps of one phase, from step `done` of it on."""

@@ -75,6 +75,7 @@ def test_a_run_leaves_all_its_rounds_a_model_and_predictions(finished):
         assert record.figures["labels_per_image"] > 0
     assert "label_persistence" in records[2].figures
     model, known = load_model(str(folder / "model"))
+    assert 0 <= known.figures["visible_share"] <= 1
     assert len(known.clusters) == sum(records[-1].active) == model.landmark.out.out_channels
     shards = trainer.corpus.manifest.shards
     for shard in shards:
