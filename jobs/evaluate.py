@@ -28,6 +28,8 @@ class Run(BaseModel):
     """Directory or URL of the run."""
     shards: str | None = None
     """Where its shards lie now, if they have moved."""
+    visible: float | None = None
+    """Confidence from which a landmark counts as visible, instead of the run's own."""
 
 
 class Predictions(BaseModel):
@@ -64,7 +66,7 @@ def evaluate_run(config: Run) -> dict[str, tuple[float, Scores | None]]:
         raise UserError(f"{corpus.url} has no annotated training and test images, so nothing can be scored")
     settings = TrainSettings.model_validate(told["settings"])
     first = score_first_keypoints(run, corpus, annotated, settings)
-    trained = score_run(run, corpus, annotated, model.visible)
+    trained = score_run(run, corpus, annotated, model.visible if config.visible is None else config.visible)
     rows: dict[str, tuple[float, Scores | None]] = {
         "constant guess": (score_constant(corpus, annotated), None),
         "first keypoints, no training": (first.forward, first),

@@ -148,7 +148,7 @@ class RoundMaker:
             predicted = predict_shard(model, self.corpus, shard, self.settings)
             confidence = np.where(previous.active, predicted.confidence, 0.0)
             overlaps.append(
-                count_overlaps(predicted.points, confidence, confident=two.visible, radius=two.merge_radius)
+                count_overlaps(predicted.points, confidence, confident=two.merge_confidence, radius=two.merge_radius)
             )
             self._progress("merge", done)
         shares = [reduce(add, own) for own in self.group.gather(overlaps) if own]
