@@ -119,8 +119,8 @@ def test_a_killed_worker_costs_nothing_of_the_result(undisturbed, folder, shards
     def kill_one():
         while not killed:
             if any(line.get("phase") == "round 1" for line in lines(run)):
-                for process in psutil.process_iter(["cmdline"]):
-                    if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+                for process in psutil.Process().children(recursive=True):  # of this cluster, no other
+                    if "RayTrainWorker" in " ".join(process.cmdline()):
                         process.kill()
                         killed.append(process.pid)
                         return

@@ -1,0 +1,27 @@
+"""What training is for: on the embedded corpus, trained landmarks beat what there was before training."""
+
+import pytest
+
+from jobs import evaluate, pack, train
+
+SHORT = """
+--stage1.warmup-iterations 300 --stage1.rounds 3 --stage1.round-iterations 120
+--stage2.iterations 1000 --stage2.milestones 800 920 --stage2.merge-after 500 --stage2.merge-every 250
+""".split()
+
+
+@pytest.mark.timeout(1200)
+def test_trained_landmarks_beat_a_constant_guess_and_the_first_keypoints(tmp_path):
+    pack.main(f"toy --count 1100 --seed 3 --out {tmp_path / 'shards'}".split())
+    place = ["--shards", str(tmp_path / "shards"), "--name", "quality", "--runs", str(tmp_path)]
+    train.main(["toy-cpu", *place, "--tracking", f"sqlite:///{tmp_path}/mlflow.db", *SHORT])
+    rows = evaluate.evaluate_run(evaluate.Run(run=str(tmp_path / "quality")))
+    constant, _ = rows["constant guess"]
+    before, first = rows["first keypoints, no training"]
+    after, trained = rows["trained landmarks"]
+    # NaN, where no first cluster is in 80 % of the images, counts as worse than any error.
+    assert trained.landmarks_kept > first.landmarks_kept
+    assert trained.landmarks_kept >= 6
+    assert after < 0.75 * constant
+    assert not after >= 0.85 * before
+    assert not trained.backward >= 0.85 * first.backward
