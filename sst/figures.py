@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#FFFFFF")
 MARKERS = "osD^v<>phX"
@@ -36,6 +37,11 @@ def _grid(count: int, columns: int, side: float = 2.0) -> tuple[Figure, list[Axe
     return figure, axes
 
 
+def _show(axis: Axes, image_HW3: np.ndarray) -> None:
+    axis.imshow(image_HW3)
+    axis.set_autoscale_on(False)  # else a landmark outside the image would shrink it
+
+
 def _draw_points(axis: Axes, points_K2: np.ndarray, numbers: Sequence[int], named: bool) -> None:
     for (x, y), number in zip(points_K2, numbers, strict=True):
         axis.plot(x, y, markersize=5, **style(number))
@@ -57,7 +63,7 @@ def landmark_grid(images_NHW3: np.ndarray, points_NK2: np.ndarray, visible_NK: n
     """
     figure, axes = _grid(len(images_NHW3), columns)
     for axis, image, points, visible in zip(axes, images_NHW3, points_NK2, visible_NK, strict=False):
-        axis.imshow(image)
+        _show(axis, image)
         _draw_points(axis, points[visible], np.flatnonzero(visible).tolist(), named=True)
     return figure
 
@@ -73,7 +79,7 @@ def cluster_gallery(crops_NHW3: np.ndarray, marks_N2: np.ndarray, title: str) ->
     figure, axes = _grid(len(crops_NHW3), 8, side=0.9)
     figure.suptitle(title, fontsize=10)
     for axis, crop, (x, y) in zip(axes, crops_NHW3, marks_N2, strict=False):
-        axis.imshow(crop)
+        _show(axis, crop)
         for colour, width in (("black", 2.4), ("#F0E442", 1.2)):
             axis.plot(x, y, marker="+", markersize=9, color=colour, markeredgewidth=width)
     return figure
@@ -97,8 +103,8 @@ def before_after(
     figure, axes = _grid(2 * count, count)
     for column, image in enumerate(images_NHW3):
         upper, lower = axes[column], axes[count + column]
-        upper.imshow(image)
-        lower.imshow(image)
+        _show(upper, image)
+        _show(lower, image)
         _draw_points(upper, first[column][0], first[column][1].tolist(), named=False)
         _draw_points(lower, points_NK2[column][visible_NK[column]], np.flatnonzero(visible_NK[column]).tolist(), False)
     axes[0].set_title("first keypoints", fontsize=9, loc="left")
@@ -147,6 +153,7 @@ def round_statistics(rounds: Sequence[dict[str, Any]]) -> Figure:
         axis.plot(x, [entry[key] for entry in rounds if key in entry], "o-", color="#0072B2", markersize=4)
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("round", fontsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlim(-0.5, max([entry["round"] for entry in rounds], default=0) + 0.5)
         _tidy(axis)
     for axis in axes[len(PANELS) :]:

@@ -26,6 +26,16 @@ class MetricsFile:
         self._flushed = 0.0
         if self._path:
             os.makedirs(os.path.dirname(self._path), exist_ok=True)
+            self._end_torn_line(self._path)
+
+    @staticmethod
+    def _end_torn_line(path: str) -> None:
+        """Ends a line that a crash cut short, so that the next one is not glued to it."""
+        with open(path, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends one line, with the time."""
@@ -51,10 +61,19 @@ class MetricsReader:
             self.new_lines()
 
     def new_lines(self) -> list[dict[str, Any]]:
-        """Whole lines that are new; a line still being written is left for the next look."""
+        """Whole lines that are new; a line still being written is left for the next look, a torn one is left out."""
         if not storage.exists(self.url):
             return []
         text = storage.read_bytes(self.url)[self._offset :]
         text = text[: text.rfind(b"\n") + 1]
         self._offset += len(text)
-        return [json.loads(line) for line in text.splitlines()]
+        return [line for raw in text.splitlines() if (line := _parse(raw)) is not None]
+
+
+def _parse(raw: bytes) -> dict[str, Any] | None:
+    """A line's object, or None where a crash left half of one."""
+    try:
+        line = json.loads(raw)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None

@@ -132,7 +132,8 @@ def draw_all(run: RunDirectory, corpus: Corpus, model: ModelRecord, scores: Scor
         ReportFigure(
             "before_after",
             "Above: the first keypoints and their clusters, where training started. Below: the "
-            "landmarks it ended with.",
+            "landmarks it ended with. Compare within a row: the two rows are numbered apart, so the same colour "
+            "above and below is not the same part.",
             png(
                 figures.before_after(
                     np.stack(before.views),

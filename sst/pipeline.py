@@ -5,7 +5,7 @@ What a worker does is in `sst.training`; here is the order of things around it, 
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from sst.metrics import MetricsFile, MetricsReader
 from sst.model import ModelRecord, load_model
 from sst.pictures import draw_all
 from sst.progress import Show, clock
-from sst.report import write_report
+from sst.report import ReportFigure, write_report
 from sst.round_making import Corpus
 from sst.rounds import RunDirectory
 from sst.schedule import plan
@@ -117,7 +117,7 @@ def train_run(
     is_new = claim(run, settings, corpus)
     tracker = Tracker(run.url, tracking, experiment, name)
     tracker.log_settings(settings.model_dump(mode="json"))
-    status = "FAILED"
+    status, forget = "FAILED", False
     try:
         with showing(run, settings, corpus, tracker) as show:
             gpu = start_ray(settings.resources)
@@ -137,11 +137,12 @@ def train_run(
         status = "KILLED"
         raise
     except UserError:
-        if is_new:
-            storage.remove(run.url)  # so that the name is free for corrected settings
+        forget = is_new
         raise
     finally:
         tracker.close(status)
+        if forget:
+            storage.remove(run.url)  # the name is free for corrected settings
 
 
 def describe(settings: TrainSettings, corpus: Corpus, gpu: bool, kmeans: str) -> str:
@@ -206,7 +207,7 @@ def finish_run(run: RunDirectory, corpus: Corpus, settings: TrainSettings, track
         figures=drawn,
         rounds=[{k: v for k, v in record.line().items() if k != "kind"} for record in run.records()],
         settings=settings.model_dump(mode="json"),
-        notes=notes(scores),
+        notes=notes(model, scores, drawn),
     )
     pictures = {f"figures/{figure.name}.png": figure.png for figure in drawn}
     tracker.log_files(pictures | {"report.html": storage.read_bytes(report)})
@@ -232,10 +233,18 @@ def percent(value: float) -> str:
     return f"{100 * value:.2f} %" if value == value else "-"
 
 
-def notes(scores: Scores | None) -> list[str]:
+def notes(model: ModelRecord, scores: Scores | None, drawn: Sequence[ReportFigure]) -> list[str]:
     """What a reader must know beside the figures."""
+    said = []
     if scores is None:
-        return ["The corpus has no annotations, so errors could not be computed; look at the pictures."]
-    if scores.landmarks_kept == 0:
-        return ["No landmark is visible in more than 80 % of the images, so none could be scored."]
-    return []
+        said.append("The corpus has no annotations, so errors could not be computed; look at the pictures.")
+    elif scores.landmarks_kept == 0:
+        said.append("No landmark is visible in more than 80 % of the images, so none could be scored.")
+    shown = {figure.name for figure in drawn}
+    unseen = [str(k) for k in range(len(model.clusters)) if f"landmark_{k:02d}" not in shown]
+    if unseen:
+        said.append(
+            f"Landmarks {', '.join(unseen)} are visible on no image shown: their channels never became confident. More "
+            "steps of stage 2 may bring them; fewer clusters would do without them."
+        )
+    return said

@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
+from rich.markup import escape
+
 from sst.schedule import Phase
 
 T = TypeVar("T")
@@ -131,7 +133,7 @@ class Show:
         if self._live:
             if important:
                 self._status.console.print(text, highlight=False, markup=False)
-            self._status.update(text)
+            self._status.update(escape(text))
         elif important or time.monotonic() - self._printed > LINE_SECONDS:
             print(text, flush=True)
             self._printed = time.monotonic()

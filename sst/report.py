@@ -1,6 +1,7 @@
 """The report of a run: one HTML page that needs nothing else, and its pictures as files."""
 
 import base64
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from PIL import Image
 
 from cluster import storage
+
+PAGE_QUALITY = 88
+"""WebP quality of the page's pictures; RUN/figures has them unchanged."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +33,10 @@ class ReportFigure:
 
     @property
     def uri(self) -> str:
-        """The picture as data URI."""
-        return "data:image/png;base64," + base64.b64encode(self.png).decode()
+        """The picture as data URI, in WebP: a page of PNG galleries would be too large for a phone."""
+        buffer = io.BytesIO()
+        Image.open(io.BytesIO(self.png)).convert("RGB").save(buffer, "WEBP", quality=PAGE_QUALITY)
+        return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def short(value: Any) -> str:

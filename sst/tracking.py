@@ -1,7 +1,7 @@
 """MLflow beside the run: it gets what the run directory has, and never holds the run up.
 
-Calls are made by a background thread from a queue. A server that is gone costs a warning and at most a few
-seconds at the end: everything is in RUN/metrics.jsonl and RUN/figures all the same.
+Calls are made by a background thread from a queue. A server that is gone costs a warning and some
+ten seconds at the end: everything is in RUN/metrics.jsonl and RUN/figures all the same.
 """
 
 import logging
@@ -55,15 +55,21 @@ class Tracker:
         self._calls.put(self._open)
 
     def log_settings(self, settings: Mapping[str, Any]) -> None:
-        """Sends nested settings as parameters."""
+        """Sends nested settings as parameters; one that a resumed run has changed becomes a tag "resumed/NAME"."""
         flat = flatten(settings)
 
         def send() -> None:
-            from mlflow.entities import Param
+            from mlflow.entities import Param, RunTag
 
-            params = [Param(name, value) for name, value in flat.items()]
+            # MLflow refuses a second value for a parameter, and an error would end the tracking.
+            known = self._client.get_run(self._run_id).data.params
+            params = [Param(name, value) for name, value in flat.items() if name not in known]
+            changed = [(name, value) for name, value in flat.items() if known.get(name, value) != value]
             for start in range(0, len(params), 100):
                 self._client.log_batch(self._run_id, params=params[start : start + 100])
+            for start in range(0, len(changed), 100):
+                tags = [RunTag(f"resumed/{name}", value) for name, value in changed[start : start + 100]]
+                self._client.log_batch(self._run_id, tags=tags)
 
         self._calls.put(send)
 
@@ -139,8 +145,13 @@ class Tracker:
         known = storage.join(self._run_url, "mlflow.json")
         if storage.exists(known):
             self._run_id = storage.read_json(known)["run_id"]
-            self._client.update_run(self._run_id, status="RUNNING")
-            return
+            try:
+                self._client.update_run(self._run_id, status="RUNNING")
+                return
+            except mlflow.exceptions.MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                logger.warning("MLflow at %s does not know this run; a new one is begun there", redact(self._uri))
         experiment = self._client.get_experiment_by_name(self._experiment)
         number = experiment.experiment_id if experiment else self._client.create_experiment(self._experiment)
         self._run_id = self._client.create_run(number, run_name=self._name).info.run_id

@@ -39,6 +39,17 @@ def test_invisible_landmarks_are_not_drawn():
     assert (np.abs(drawn - colour).sum(-1) < 12).any() and not (np.abs(bare - colour).sum(-1) < 12).any()
 
 
+def test_a_landmark_outside_the_image_does_not_shrink_it():
+    outside = np.full((1, 1, 2), 90.0)
+    drawn = figures.landmark_grid(IMAGES[:1], outside, np.ones((1, 1), bool))
+    assert drawn.axes[0].get_xlim() == (-0.5, 63.5) and drawn.axes[0].get_ylim() == (63.5, -0.5)
+
+
+def test_rounds_are_counted_in_whole_numbers():
+    drawn = figures.round_statistics([{"round": 0, "inertia": 1.0}, {"round": 1, "inertia": 0.5}])
+    assert all(tick == round(tick) for tick in drawn.axes[0].get_xticks())
+
+
 def test_every_landmark_looks_different():
     looks = {(figures.style(k)["color"], figures.style(k)["marker"]) for k in range(80)}
     assert len(looks) == 80
@@ -67,7 +78,7 @@ def test_the_report_needs_nothing_else_and_escapes_what_it_is_given(tmp_path):
     )
     page = (tmp_path / "report.html").read_text()
     assert "<script>" not in page and "&lt;script&gt;" in page
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/webp;base64,") == 2
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "1.235" in page and "a note" in page
     assert (tmp_path / "figures" / "landmarks.png").read_bytes() == picture.png
@@ -84,6 +95,14 @@ def test_metrics_are_read_as_they_come(tmp_path):
         file.write(b'"}\n')
     assert [line["kind"] for line in reader.new_lines()] == ["half"]
     assert MetricsReader(str(tmp_path), skip_present=True).new_lines() == []
+
+
+def test_a_line_cut_short_by_a_crash_does_not_stop_the_resumed_run(tmp_path):
+    MetricsFile(str(tmp_path)).write({"kind": "step", "step": 1})
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"kind": "st')
+    MetricsFile(str(tmp_path)).write({"kind": "resume", "step": 1})
+    assert [line["kind"] for line in MetricsReader(str(tmp_path)).new_lines()] == ["step", "resume"]
 
 
 def test_metrics_on_an_object_store_go_on_after_a_resume():
@@ -146,6 +165,7 @@ def test_a_resumed_run_keeps_its_mlflow_run(tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     for step in range(2):
         tracker = Tracker(str(tmp_path / "run"), uri, "e", "name")
+        tracker.log_settings({"workers": 2 - step, "seed": 0})
         tracker.log({"loss": 1.0 - step}, step)
         tracker.log_files({"figures/a.png": b"x"})
         assert tracker.close("FINISHED")
@@ -158,3 +178,11 @@ def test_a_resumed_run_keeps_its_mlflow_run(tmp_path):
     history = client.get_metric_history(runs[0].info.run_id, "loss")
     assert [m.value for m in history] == [1.0, 0.0]
     assert runs[0].data.metrics["loss"] == pytest.approx(0.0)
+    assert runs[0].data.params == {"workers": "2", "seed": "0"}
+    assert runs[0].data.tags["resumed/workers"] == "1" and "resumed/seed" not in runs[0].data.tags
+    # Another server knows nothing of that run: it gets one of its own.
+    (tmp_path / "run" / "mlflow.json").write_text(json.dumps({"run_id": "0" * 32}))
+    tracker = Tracker(str(tmp_path / "run"), uri, "e", "name")
+    tracker.log({"loss": 2.0}, 3)
+    assert tracker.close("FINISHED")
+    assert len(client.search_runs([client.get_experiment_by_name("e").experiment_id])) == 2

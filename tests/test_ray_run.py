@@ -74,9 +74,9 @@ def undisturbed(folder, shards, cluster):
 
 def test_a_run_is_scored_pictured_and_tracked(undisturbed, folder):
     page = (undisturbed / "report.html").read_text()
-    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    pictures = re.findall(r'src="data:image/webp;base64,([^"]+)"', page)
     assert len(pictures) >= 4
-    assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
+    assert all(base64.b64decode(picture)[8:12] == b"WEBP" for picture in pictures)
     assert "http://" not in page and "https://" not in page
     scores = json.loads((undisturbed / "scores.json").read_text())
     assert scores["protocol"] == "toy"
