@@ -52,18 +52,14 @@ def parse(arguments: Sequence[str] | None) -> TrainCommand:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains; mistakes exit with code 2, a failed run with 1, an interrupted one with 130."""
     command = parse(arguments)
-    try:
-        outcome = train_run(
-            command.settings,
-            command.shards,
-            f"{command.runs.rstrip('/')}/{command.name}",
-            tracking=command.tracking,
-            experiment=command.experiment,
-            name=command.name,
-        )
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
+    outcome = train_run(
+        command.settings,
+        command.shards,
+        f"{command.runs.rstrip('/')}/{command.name}",
+        tracking=command.tracking,
+        experiment=command.experiment,
+        name=command.name,
+    )
     print_outcome(outcome, command.tracking)
 
 

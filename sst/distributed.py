@@ -126,6 +126,7 @@ def train_on_workers(settings: TrainSettings, corpus_url: str, run_url: str, act
     """Trains by DDP on the running cluster, to the end; needs round 0.
 
     Raises:
+        KeyboardInterrupt: after Ctrl-C, when the workers have ended.
         RunFailedError: if more workers were lost than `max_failures`, or a worker raised; the message is its own.
     """
     import ray.train
@@ -155,6 +156,8 @@ def train_on_workers(settings: TrainSettings, corpus_url: str, run_url: str, act
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise RunFailedError(str(error)) from None
+    except SystemExit:
+        raise KeyboardInterrupt from None  # what Ray Train makes of Ctrl-C
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ class RunFailedError(Exception):
 def exit_on_user_error() -> Iterator[None]:
     """Prints a `UserError`, or every problem of a configuration, on stderr and exits with code 2.
 
-    A run that failed on the way exits with code 1.
+    A run that failed on the way exits with code 1, an interrupted one with 130.
 
     Usable as a decorator too.
 
@@ -31,6 +31,9 @@ def exit_on_user_error() -> Iterator[None]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except RunFailedError as error:
         print(f"error: training failed; the same command goes on from the last checkpoint\n{error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -135,6 +135,7 @@ def train_run(
         return outcome
     except KeyboardInterrupt:
         status = "KILLED"
+        print("the same command goes on from the last checkpoint", flush=True)
         raise
     except UserError:
         forget = is_new

@@ -6,7 +6,7 @@ from jobs import evaluate, pack, train
 
 SHORT = """
 --stage1.warmup-iterations 300 --stage1.rounds 3 --stage1.round-iterations 120
---stage2.iterations 1400 --stage2.milestones 1100 1250 --stage2.merge-after 600 --stage2.merge-every 400
+--stage2.iterations 1200 --stage2.milestones 950 1080 --stage2.merge-after 600 --stage2.merge-every 300
 """.split()
 
 

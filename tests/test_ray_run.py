@@ -175,3 +175,21 @@ def test_a_corpus_without_annotations_trains_too(folder, cluster, tmp_path):
     run = folder / "runs" / "plain"
     assert not (run / "scores.json").exists()
     assert "no annotations" in (run / "report.html").read_text()
+
+
+def test_ctrl_c_ends_with_a_code_of_its_own(folder, shards):
+    run = folder / "runs" / "interrupted"
+    command = [sys.executable, "-m", "jobs.train", *arguments(folder, shards, "interrupted")]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    ) as process:
+        deadline = time.monotonic() + 240
+        while not any(line.get("phase") == "warm-up" for line in lines(run)):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        shown, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "the same command goes on" in shown
+    assert not (run / "model").exists() and not list(run.rglob("*.tmp"))
