@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.linalg import eigh
 
 from cluster.shards import Labels
 
@@ -26,8 +27,6 @@ VIEW = 256.0
 
 SVT_ITERATIONS = 1000
 SVT_TOLERANCE = 1e-2
-SVT_STEP = 1.99
-"""Dual step of the completion, which converges below 2. See `complete`."""
 
 
 @dataclass(frozen=True)
@@ -231,16 +230,13 @@ def protocol_named(name: str) -> Protocol:
 
 
 def complete(values_FP: np.ndarray, known_FP: np.ndarray) -> np.ndarray:
-    """Fills a matrix's missing entries by singular value thresholding, after a mean fill.
+    """Fills a matrix's missing entries by singular value thresholding.
 
-    The result is that of the textbook iteration on the column-centred matrix (threshold 5 (F + P) / 2, step
-    1.2 / known share, from zero, until the known entries are within 1 % or for 1,000 iterations), to some
-    thousandths of a pixel, at less cost: the iteration is an explicit gradient flow, stopped early, so larger
-    steps come to the same place sooner; and only the few singular vectors above the threshold are followed,
-    from one iteration to the next, in float32.
+    Threshold 5 (F + P) / 2, step 1.2 / known share, from zero, until the known entries are within 1 % or for
+    1,000 iterations: the published protocol's settings.
 
     Args:
-        values_FP: coordinates / 256 - 0.5; what stands at missing entries is ignored.
+        values_FP: coordinates / 256, as they are (not centred); what stands at missing entries is ignored.
         known_FP: bool, which entries are known.
 
     Returns:
@@ -248,47 +244,27 @@ def complete(values_FP: np.ndarray, known_FP: np.ndarray) -> np.ndarray:
 
     Source: Cai, Candes and Shen 2010, algorithm 1.
     """
-    count_P = known_FP.sum(axis=0)
-    mean_P = np.where(known_FP, values_FP, 0.0).sum(axis=0) / np.maximum(count_P, 1)
-    filled = np.where(known_FP, values_FP, mean_P)
-    if known_FP.all():
-        return filled
-    return np.where(known_FP, filled, mean_P + _threshold_singular_values(filled - mean_P, known_FP))
-
-
-def _threshold_singular_values(centred_FP: np.ndarray, known_FP: np.ndarray) -> np.ndarray:
-    known, data = known_FP.astype(np.float32), centred_FP.astype(np.float32)
-    squares, vectors = np.linalg.eigh(data.T @ data)
-    top, scale = math.sqrt(max(float(squares[-1]), 0.0)), float(np.linalg.norm(data))
-    if top == 0.0:
-        return np.zeros(centred_FP.shape)
-    tau = 5.0 * sum(data.shape) / 2.0
-    textbook_step = 1.2 * data.size / float(known_FP.sum())
-    step = max(textbook_step, SVT_STEP)
-    # While everything lies below the threshold, the textbook's iterations only add textbook_step * data each.
-    idle = int(tau / (textbook_step * top))
-    dual = np.float32(idle * textbook_step) * data
-    width = min(16, data.shape[1])
-    basis = vectors[:, -width:]
-    estimate = np.zeros_like(data)
-    for _ in range(math.ceil((SVT_ITERATIONS - idle) * textbook_step / step)):
-        basis = np.linalg.qr(dual.T @ (dual @ basis))[0]
-        image = dual @ basis
-        squares, turn = np.linalg.eigh(image.T @ image)
-        singular = np.sqrt(np.maximum(squares, 0.0))
-        above = singular > tau
-        basis = basis @ turn
-        shrunk = (image @ turn[:, above]) * (1.0 - tau / singular[above]).astype(np.float32)
-        estimate = shrunk @ basis[:, above].T
-        residual = data - known * estimate
-        if float(np.linalg.norm(residual)) < SVT_TOLERANCE * scale:
+    data = np.where(known_FP, values_FP, 0.0)
+    scale = float(np.linalg.norm(data))
+    if known_FP.all() or scale == 0.0:
+        return data
+    if data.shape[0] < data.shape[1]:  # the smaller side's Gram matrix gives all singular values that are not 0
+        return complete(values_FP.T, known_FP.T).T
+    tau, step = 5.0 * sum(data.shape) / 2.0, 1.2 * data.size / float(known_FP.sum())
+    # While everything lies below the threshold the estimate stays 0, and an iteration adds step * data.
+    idle = int(tau / (step * np.linalg.norm(data, 2)))
+    dual, estimate, residual = idle * step * data, np.zeros_like(data), np.empty_like(data)
+    known = known_FP.astype(np.float64)
+    for _ in range(SVT_ITERATIONS - idle):
+        squares, basis = eigh(dual.T @ dual, subset_by_value=(tau**2, np.inf), check_finite=False)
+        np.matmul((dual @ basis) * (1.0 - tau / np.sqrt(squares)), basis.T, out=estimate)
+        np.subtract(data, estimate, out=residual)
+        residual *= known
+        if math.sqrt(np.vdot(residual, residual)) < SVT_TOLERANCE * scale:
             break
-        dual += np.float32(step) * residual
-        if width < data.shape[1] and above.sum() + 6 > width:
-            # Nearly as many singular values passed as are followed: follow more.
-            width = min(data.shape[1], width + 16)
-            basis = np.linalg.eigh(dual.T @ dual)[1][:, -width:]
-    return estimate.astype(np.float64)
+        residual *= step
+        dual += residual
+    return np.where(known_FP, data, estimate)
 
 
 def _checked(
@@ -343,19 +319,19 @@ def _forward_errors(
     seed: int,
 ) -> np.ndarray:
     """Error of each annotated point (L,), predicted from all landmarks; mean of the draws."""
-    x = prediction_NK2.reshape(len(prediction_NK2), -1) / VIEW - 0.5
-    y = groundtruth_NL2.reshape(len(groundtruth_NL2), -1) / VIEW - 0.5
+    x = prediction_NK2.reshape(len(prediction_NK2), -1) / VIEW
+    y = groundtruth_NL2.reshape(len(groundtruth_NL2), -1) / VIEW
     known = np.repeat(visible_NK, 2, axis=1)
+    x_train, y_train = complete(x[train], known[train]), y[train]
+    # A missing test value is the mean of the training values that were seen.
+    x_test = np.where(known[test], x[test], np.nanmean(np.where(known[train], x[train], np.nan), axis=0))
     rng = np.random.default_rng(seed)
     error_L = np.zeros(groundtruth_NL2.shape[1])
     for _ in range(DRAWS):
-        rows = rng.permutation(train)[:count]
-        x_train = complete(x[rows], known[rows])
-        x_mean, y_mean = x_train.mean(axis=0), y[rows].mean(axis=0)
-        weights = _regression(x_train - x_mean, y[rows] - y_mean)
-        # A missing test value is the training mean, so 0 once centred.
-        found = np.where(known[test], x[test] - x_mean, 0.0) @ weights + y_mean
-        off = (found - y[test]).reshape(len(test), -1, 2) * VIEW
+        rows = rng.permutation(len(train))[:count]
+        x_mean, y_mean = x_train[rows].mean(axis=0), y_train[rows].mean(axis=0)
+        weights = _regression(x_train[rows] - x_mean, y_train[rows] - y_mean)
+        off = ((x_test - x_mean) @ weights + y_mean - y[test]).reshape(len(test), -1, 2) * VIEW
         error_L += (np.linalg.norm(off, axis=2) / length_T[:, None]).mean(axis=0)
     return error_L / DRAWS
 
