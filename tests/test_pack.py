@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jobs.pack import main
-from sst import corpora
-from sst.corpora import Annotated, Item, UnusableImage, pack_item, read_image, split_of
+from sst import packing
+from sst.packing import Annotated, Item, UnusableImage, pack_item, read_image, split_of
 from sst.shards import Manifest, RawSample, decode_jpeg, read_shard
 
 FACES = Path("../shared/data/faces")
@@ -88,7 +88,7 @@ def test_refused_images_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     save(tmp_path / "one.png", np.zeros((1, 1, 3), np.uint8))
     save(tmp_path / "float.tif", Image.new("F", (60, 40)))
     save(tmp_path / "huge.png", np.zeros((200, 200, 3), np.uint8))
-    monkeypatch.setattr(corpora, "MAX_PIXELS", 39_999)
+    monkeypatch.setattr(packing, "MAX_PIXELS", 39_999)
     words = {
         "cut.jpg": "truncated",
         "text.jpg": "cannot identify",

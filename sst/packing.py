@@ -1,19 +1,18 @@
-"""From source images to stored samples: where images and annotations come from, and how one image is packed.
+"""How one source image becomes a stored sample, and how many of them become a corpus.
+
+Where images and annotations come from is the business of `sst.corpora`.
 
 Conventions: points and boxes are (x, y) in pixels with pixel centres at integers, of the upright image (a
 rotation noted in EXIF is applied first). Shape letters: L landmarks.
 """
 
-import csv
 import hashlib
-import json
-import math
-import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +23,6 @@ from sst.errors import UserError
 from sst.geometry import resize_matrix, transform_points
 from sst.shards import SampleMeta, ShardWriter, Split
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 64_000_000
 """Larger images are refused before they are decoded, as a guard against decompression bombs."""
 MIN_SIDE = 8
@@ -67,18 +65,6 @@ class Item:
     landmarks: int | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Row:
-    """Annotation of one object in one image file; fields as of `Annotated` and `Item`."""
-
-    file: str
-    split: str = ""
-    subject: str | None = None
-    box: tuple[float, float, float, float] | None = None
-    points: np.ndarray | None = None
-    visible: np.ndarray | None = None
-
-
 @dataclass(frozen=True)
 class Packed:
     """A sample to be stored, or why there is none, and which rules had to be applied."""
@@ -93,158 +79,6 @@ def split_of(source: str, test_share: float) -> Split:
     """The split of an image that brings none: by a hash of its name, so independent of all other images."""
     number = int.from_bytes(hashlib.sha256(source.encode()).digest()[:8], "big")
     return "test" if number < test_share * 2.0**64 else "train"
-
-
-def folder(images: str, annotations: str | None = None, test_share: float = 0.1) -> list[Item]:
-    """Image files of a folder and of all folders in it, sorted by name.
-
-    Args:
-        images: the folder.
-        annotations: CSV (columns file, and optionally split, subject, box_x0 to box_y1, x0, y0, x1, y1, ...;
-            others are ignored), or COCO keypoints (.json). Files that it does not name have no annotation.
-        test_share: share of the images without a split that become test images.
-
-    Raises:
-        UserError: if there is no such folder, no image in it, or the annotation file is unusable.
-    """
-    root = Path(images)
-    if not root.is_dir():
-        raise UserError(f"{images}: {'not a folder' if root.exists() else 'no such folder'}; give a folder of images")
-    names = sorted(
-        Path(base, name).relative_to(root).as_posix()
-        for base, _, files in os.walk(root, followlinks=True)
-        for name in files
-        if name.lower().endswith(IMAGE_SUFFIXES)
-    )
-    if not names:
-        raise UserError(f"{images}: no image in it (looked for {' '.join(IMAGE_SUFFIXES)}, in subfolders too)")
-    rows: dict[str, list[Row]] = {}
-    if annotations is not None:
-        for row in read_annotations(annotations):
-            rows.setdefault(row.file, []).append(row)
-        if missing := sorted(set(rows) - set(names)):
-            raise UserError(
-                f"{annotations}: {len(missing)} of {len(rows)} files named there are not in {images}: "
-                f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
-            )
-    return [
-        _folder_item(root, row, name if len(found) == 1 else f"{name}#{number}", test_share)
-        for name in names
-        for found in [rows.get(name, [Row(name)])]
-        for number, row in enumerate(found)
-    ]
-
-
-def _folder_item(root: Path, row: Row, source: str, test_share: float) -> Item:
-    def load() -> Annotated:
-        return Annotated(read_image(root / row.file), row.box, row.points, row.visible)
-
-    # All objects of one image belong to one split, hence the hash of the file's name.
-    split: Split = split_of(row.file, test_share) if not row.split else "test" if row.split == "test" else "train"
-    return Item(source, split, row.subject, load, None if row.points is None else len(row.points))
-
-
-def toy(count: int, seed: int, size: int, test_share: float = 0.1) -> list[Item]:
-    """Images of the embedded corpus, drawn only when loaded.
-
-    Args:
-        count: number of images.
-        seed: names the corpus.
-        size: height and width in pixels.
-        test_share: share of test images.
-
-    Raises:
-        UserError: if there would be no image.
-    """
-    if count < 1:
-        raise UserError(f"count: at least 1 image is needed, got {count}")
-
-    def load(index: int) -> Annotated:
-        from sst.toy import draw
-
-        drawn = draw(seed, index, size)
-        return Annotated(drawn.image, drawn.box, drawn.points, drawn.visible)
-
-    names = [f"toy-{seed}-{index:07d}" for index in range(count)]
-    return [Item(name, split_of(name, test_share), None, partial(load, i)) for i, name in enumerate(names)]
-
-
-def read_annotations(path: str) -> list[Row]:
-    """Reads a CSV or, by its ending, COCO file.
-
-    Raises:
-        UserError: if it is missing or unusable; the message names file and place.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't read the annotations ({error})") from error
-    rows = _coco(path, text) if path.lower().endswith(".json") else _csv(path, text)
-    if len(counts := {len(row.points) for row in rows if row.points is not None}) > 1:
-        raise UserError(f"{path}: all objects need equally many points, found {sorted(counts)}")
-    if wrong := [row for row in rows if row.split not in ("", "train", "test")]:
-        raise UserError(f"{path}: {wrong[0].file}: split is {wrong[0].split!r}; train, test or nothing is possible")
-    return rows
-
-
-def _csv(path: str, text: str) -> list[Row]:
-    reader = csv.DictReader(text.splitlines())
-    columns = reader.fieldnames or []
-    if "file" not in columns:
-        raise UserError(f"{path}: no column 'file'; its columns are {', '.join(columns[:8]) or 'none'}")
-    landmarks = next(n for n in range(len(columns) + 1) if not {f"x{n}", f"y{n}"} <= set(columns))
-    box_names = [f"box_{corner}" for corner in ("x0", "y0", "x1", "y1")]
-    point_names = [f"{axis}{n}" for n in range(landmarks) for axis in "xy"]
-    rows, seen = [], set[str]()
-    for cells in reader:
-        place = f"{path}, line {reader.line_num}"
-        if cells["file"] in seen:
-            raise UserError(f"{place}: {cells['file']} occurs twice")
-        seen.add(cells["file"])
-        box = [_number(place, name, cells.get(name)) for name in box_names]
-        values = [_number(place, name, cells.get(name)) for name in point_names]
-        rows.append(
-            Row(
-                file=cells["file"],
-                split=cells.get("split") or "",
-                subject=cells.get("subject") or None,
-                box=(box[0], box[1], box[2], box[3]) if box_names[0] in columns else None,
-                points=np.array(values).reshape(-1, 2) if landmarks else None,
-            )
-        )
-    return rows
-
-
-def _number(place: str, name: str, text: str | None) -> float:
-    try:
-        return float(text) if text else math.nan
-    except ValueError:
-        raise UserError(f"{place}: {name} is {text!r}, not a number") from None
-
-
-def _coco(path: str, text: str) -> list[Row]:
-    """Crowds are left out; a point of visibility 0 is unknown, of visibility 1 hidden."""
-    try:
-        content = json.loads(text)
-        images: dict[Any, dict[str, Any]] = {image["id"]: image for image in content["images"]}
-        rows = []
-        for entry in content["annotations"]:
-            if entry.get("iscrowd"):
-                continue
-            image, box, points, visible = images[entry["image_id"]], None, None, None
-            if "bbox" in entry:
-                x, y, width, height = map(float, entry["bbox"])
-                box = (x, y, x + width, y + height)
-            if "keypoints" in entry:
-                triples = np.array(entry["keypoints"], np.float64).reshape(-1, 3)
-                points = np.where(triples[:, 2:] > 0, triples[:, :2], np.nan)
-                visible = triples[:, 2] > 1
-            subject = entry.get("subject", image.get("subject"))
-            subject = None if subject is None else str(subject)
-            rows.append(Row(str(image["file_name"]), str(image.get("split") or ""), subject, box, points, visible))
-        return rows
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not COCO keypoints JSON ({type(error).__name__}: {error})") from error
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -363,32 +197,40 @@ def shuffled(items: Sequence[Item], seed: int) -> list[Item]:
 
 
 def pack(
-    items: Iterable[Item], writer: ShardWriter, context: float, size: int | None, max_skipped: float
+    items: Iterable[Item],
+    writer: ShardWriter,
+    context: float,
+    size: int | None,
+    max_skipped: float,
+    mix_seed: int | None = None,
 ) -> Counter[str]:
     """Packs the items in order into the writer's corpus; on failure nothing of it is left.
 
     Args:
-        items: images; those of one split should follow one another.
+        items: images; those of one split should follow one another, unless they are mixed here.
         writer: not yet entered.
         context: as of `pack_item`.
         size: as of `pack_item`.
         max_skipped: share of unusable images above which packing fails.
+        mix_seed: for items that come in an order of their own (frames of videos): the samples are written in
+            this random order instead, as of `mixed`.
 
     Returns:
         How often each rule for bad annotations had to be applied.
 
     Raises:
-        UserError: if too many images are unusable, or all.
+        UserError: if too many images are unusable, or all; or there is no room to mix them in.
     """
     notes: Counter[str] = Counter()
     skipped, total = [], 0
     with writer:
-        for item, packed in ordered_map(lambda item: (item, pack_item(item, context, size)), items):
+        results = ordered_map(lambda item: (item.source, pack_item(item, context, size)), items)
+        for source, packed in results if mix_seed is None else mixed(results, mix_seed):
             total += 1
             notes.update(packed.notes)
             if packed.meta is None:
-                skipped.append(f"{item.source}: {packed.reason}")
-                writer.skip(item.source, packed.reason)
+                skipped.append(f"{source}: {packed.reason}")
+                writer.skip(source, packed.reason)
             else:
                 writer.add(packed.jpeg, packed.meta)
         if len(skipped) > max_skipped * total or len(skipped) == total:
@@ -397,6 +239,53 @@ def pack(
                 f"{'; '.join(skipped[:5])}{'; ...' if len(skipped) > 5 else ''}"
             )
     return notes
+
+
+def mixed(results: Iterable[tuple[str, Packed]], seed: int) -> Iterator[tuple[str, Packed]]:
+    """Training samples, then test samples, each in a random order; unusable images at once.
+
+    All samples are first kept in one unnamed temporary file, which the operating system removes however the
+    process ends; only where each lies is kept in memory. The order is that of `shuffled` for as many samples.
+
+    Raises:
+        UserError: if the temporary file can't be written.
+    """
+    places: list[tuple[int, int, int, tuple[str, ...]]] = []
+    tests: list[bool] = []
+    end = 0
+    with _spooling():
+        spool = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+    with spool:
+        for source, packed in results:
+            if packed.meta is None:
+                yield source, packed
+                continue
+            text = packed.meta.model_dump_json().encode()
+            places.append((end, len(packed.jpeg), len(text), packed.notes))
+            tests.append(packed.meta.split == "test")
+            rest = packed.jpeg + text
+            end += len(rest)
+            while rest:
+                with _spooling():
+                    rest = rest[spool.write(rest) :]
+        order = np.random.default_rng(seed).permutation(len(places))
+        for number in sorted(order, key=lambda number: tests[number]):
+            offset, jpeg_bytes, text_bytes, notes = places[number]
+            spool.seek(offset)
+            jpeg, text = spool.read(jpeg_bytes), spool.read(text_bytes)
+            meta = SampleMeta.model_validate_json(text)
+            yield meta.source, Packed(jpeg, meta, notes=notes)
+
+
+@contextmanager
+def _spooling() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{tempfile.gettempdir()}: can't hold the samples until all are read ({error}); "
+            "let TMPDIR name a directory with room for the whole corpus"
+        ) from error
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int = 2, ahead: int = 16) -> Iterator[R]:
