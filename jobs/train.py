@@ -1,6 +1,7 @@
 """Trains a landmark detector: `python -m jobs.train PRESET --shards DIR --name NAME`.
 
 The same command goes on with an unfinished run of that name, and finds a finished one done.
+`python -m jobs.train PRESET --print-config` shows all settings and does nothing else.
 """
 
 import sys
@@ -32,16 +33,19 @@ class TrainCommand(BaseModel):
     """MLflow tracking URI."""
     experiment: str = "landmarks"
     """MLflow experiment."""
+    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print all settings as JSON and exit; --shards and --name may be left out."""
     settings: Annotated[TrainSettings, tyro.conf.arg(name="")] = TrainSettings()
     """The method; a preset gives the defaults."""
 
 
 def parse(arguments: Sequence[str] | None) -> TrainCommand:
     """The command line as a checked configuration; a wrong one exits with code 2."""
+    anything: str = "none" if "--print-config" in (arguments or sys.argv) else tyro.MISSING
     presets = {
         name: (
             about,
-            TrainCommand.model_construct(shards=tyro.MISSING, name=tyro.MISSING, settings=settings),
+            TrainCommand.model_construct(shards=anything, name=anything, settings=settings),
         )
         for name, (about, settings) in PRESETS.items()
     }
@@ -52,6 +56,9 @@ def parse(arguments: Sequence[str] | None) -> TrainCommand:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains; mistakes exit with code 2, a failed run with 1, an interrupted one with 130."""
     command = parse(arguments)
+    if command.print_config:
+        print(command.settings.model_dump_json(indent=2))
+        return
     outcome = train_run(
         command.settings,
         command.shards,

@@ -6,6 +6,7 @@ and supplementary material; CelebA); a preset states only what differs.
 
 from typing import Annotated, Literal, Self
 
+import tyro
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sst.augment import STRONGER, Augmentation
@@ -53,9 +54,27 @@ class NetworkSettings(Settings):
         return NetworkShape(self.width, self.depth, self.groups, self.descriptor_size)
 
 
+class SuperPointSettings(Settings):
+    """SuperPoint as the detector of first keypoints; published values."""
+
+    weights: Annotated[str | None, tyro.conf.arg(name="superpoint-weights", prefix_name=False)] = None
+    """File or URL of superpoint_v1.pth, which users get from its authors (non-commercial licence)."""
+    threshold: Share = 0.1
+    """Confidence above which a pixel is a keypoint."""
+    scales: tuple[float, ...] = (1.0, 1.3, 1.6)
+    """Magnifications of the image in which keypoints are sought; descriptors come from the first, which is 1."""
+    half_side: Rate = 6.0
+    """Half side, in pixels, of the squares around keypoints that must not overlap."""
+
+
 class KeypointSettings(Settings):
     """First keypoints (stage 0)."""
 
+    detector: Annotated[Literal["rootsift", "superpoint"], tyro.conf.arg(name="keypoints", prefix_name=False)] = (
+        "rootsift"
+    )
+    """Upright RootSIFT needs no download; superpoint is the published choice and needs a file of weights."""
+    superpoint: SuperPointSettings = SuperPointSettings()
     patch: Rate = 28.0
     """Size of the upright RootSIFT descriptor, in pixels of a 256 px view."""
     most: Positive = 60
@@ -66,6 +85,12 @@ class KeypointSettings(Settings):
     """Neighbours among the reference descriptors whose median distance is a keypoint's outlier score."""
     outlier_reference: Positive = 500_000
     """Descriptors, drawn over the whole corpus, among which neighbours are searched."""
+    remove_background: bool = False
+    """Drop keypoints that look like what lies outside the object boxes; for constant backgrounds."""
+    inside_clusters: Positive = 100
+    """Clusters of the descriptors inside the boxes, for background removal."""
+    outside_clusters: Positive = 250
+    """Clusters of the descriptors outside the boxes, for background removal."""
 
 
 class ClusterSettings(Settings):
@@ -210,7 +235,10 @@ PRESETS: dict[str, tuple[str, TrainSettings]] = {
     "ls3d": ("300W-LP and LS3D-W faces, published schedule", TrainSettings()),
     "human36m": (
         "Human3.6M bodies, published schedule, 250 clusters",
-        TrainSettings(cluster=ClusterSettings(clusters=250)),
+        TrainSettings(
+            keypoints=KeypointSettings(remove_background=True),
+            cluster=ClusterSettings(clusters=250),
+        ),
     ),
     "faces-cpu": (
         "any faces on 2 CPU cores in half an hour: 96 px input, a network of 0.35 M parameters, 30 clusters",

@@ -89,8 +89,8 @@ def ray_tools(
 
     cluster = settings.cluster
 
-    def fit(sample: Sample, start: np.ndarray | None, seed: int) -> KMeansResult:
-        asked = KMeansSettings(cluster.clusters, cluster.iterations, seed=seed, backend=cluster.backend)
+    def fit(sample: Sample, start: np.ndarray | None, seed: int, clusters: int) -> KMeansResult:
+        asked = KMeansSettings(clusters, cluster.iterations, seed=seed, backend=cluster.backend)
         try:
             result: KMeansResult = ray.get(actor.fit.remote(list(sample), asked, start))
         except ray.exceptions.RayTaskError as error:

@@ -11,11 +11,11 @@ from cluster.assignment import assign, unite
 from cluster.shards import Descriptors, Labels
 from sst.augment import Augmentation, invert_affine, random_affine, warp_images
 from sst.data import Batch, decode_to_view, shard_batches
-from sst.geometry import SCORING_SIZE, STRIDE, transform
+from sst.geometry import SCORING_SIZE, STRIDE, box_to_view, transform, transform_points
 from sst.keypoints import VIEW, KeypointDetector
 from sst.losses import sample_descriptors
 from sst.network import DetectorDescriptor, LandmarkDetector
-from sst.shards import ShardInfo, read_shard
+from sst.shards import RawSample, ShardInfo, decode, read_shard
 from sst.suppression import decode_keypoints, decode_landmarks
 
 BATCH = 64
@@ -25,31 +25,68 @@ SUPPRESSION = 1.0
 """Half side of the squares, in heatmap cells, within which a previous label beats a new keypoint."""
 
 
-def first_descriptors(corpus: str, shard: ShardInfo, detector: KeypointDetector, input_size: int) -> Descriptors:
+def first_keypoints(
+    corpus: str, shard: ShardInfo, detector: KeypointDetector, input_size: int, *, background: bool = False
+) -> tuple[Descriptors, np.ndarray]:
     """First keypoints of a shard's images (stage 0).
 
     Args:
         corpus: directory of the shards.
         shard: the shard.
-        detector: sees the canonical view at 256 x 256.
-        input_size: side of the network's view, which sets the heatmap units of the points.
+        detector: finds and describes them.
+        input_size: side S of the network's view, which sets the heatmap units of the points.
+        background: seek them in the stored context around the object too, and keep those.
+
+    Returns:
+        The keypoints, and whether each lies on the object: within the view and, where there is one, the object box;
+        bool (N,). Without `background` all do.
     """
     import cv2
 
     cv2.setNumThreads(1)  # a shard is a task, and there are as many tasks as cores
-    points, descriptors, counts = [], [], [0]
+    points, descriptors, inside, counts = [], [], [], [0]
     for sample in read_shard(f"{corpus}/{shard.file}", shard.sha256):
-        image, to_view = decode_to_view(sample, VIEW)
-        found, described = detector(cv2.warpAffine(image, to_view[:2], (VIEW, VIEW)))
-        points.append(found * (input_size / VIEW / STRIDE))
-        descriptors.append(described.astype(np.float16))
-        counts.append(len(found))
+        found, described, on_object = _keypoints(sample, detector, background)
+        kept = np.ones(len(found), bool) if background else on_object
+        points.append(found[kept] * (input_size / VIEW / STRIDE))
+        descriptors.append(described[kept].astype(np.float16))
+        inside.append(on_object[kept])
+        counts.append(int(kept.sum()))
     empty = np.zeros((0, 2), np.float32), np.zeros((0, detector.descriptor_size), np.float16)
-    return Descriptors(
+    keypoints = Descriptors(
         np.cumsum(counts, dtype=np.int64),
         np.concatenate([empty[0], *points], dtype=np.float32),
         np.concatenate([empty[1], *descriptors]),
     )
+    return keypoints, np.concatenate([np.zeros(0, bool), *inside])
+
+
+def _keypoints(
+    sample: RawSample, detector: KeypointDetector, background: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Keypoints of one image in pixels of the view at `VIEW`, their descriptors, and which lie on the object."""
+    import cv2
+
+    box = np.array(sample.meta.box)
+    stored_to_view = box_to_view(box, VIEW)
+    if detector.sees_view:
+        image, to_view = decode_to_view(sample, VIEW)
+        margin = VIEW // 2 if background else 0
+        side = VIEW + 2 * margin
+        to_canvas = np.array([[1.0, 0.0, margin], [0.0, 1.0, margin], [0.0, 0.0, 1.0]]) @ to_view
+        # Beyond the stored image its border goes on, so that no edge appears there.
+        canvas = cv2.warpAffine(image, to_canvas[:2], (side, side), borderMode=cv2.BORDER_REPLICATE)
+        found, described = detector(canvas)
+        found = found - np.float32(margin)
+    else:
+        image, _, _ = decode(sample)
+        found, described = detector(image)
+        found = transform_points(stored_to_view, found).astype(np.float32)
+    inside = np.asarray(((found >= 0) & (found <= VIEW - 1)).all(axis=1))
+    if sample.meta.object_box is not None:
+        low, high = transform_points(stored_to_view, np.array(sample.meta.object_box).reshape(2, 2))
+        inside &= ((found >= low) & (found <= high)).all(axis=1)
+    return found, described, inside
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -1,6 +1,6 @@
-"""Stage 0: the first keypoints of every image, without outliers, clustered into the first labels.
+"""Stage 0: the first keypoints of every image, without outliers and background, clustered into the first labels.
 
-Every step is a task per shard; what travels between them is row counts, a reference sample and one threshold.
+Every step is a task per shard; what travels between them is row counts, a reference sample, centroids and masks.
 """
 
 import time
@@ -10,12 +10,13 @@ import numpy as np
 from cluster import storage
 from cluster.actor import read_sample
 from cluster.correspondence import correspond, descriptors_url
+from cluster.dispatch import ShardMap
 from cluster.kmeans import sample_rows
-from cluster.outliers import outlier_cut, outlier_scores
+from cluster.outliers import background_mask, outlier_cut, outlier_scores
 from cluster.shards import Descriptors
-from sst.config import TrainSettings
-from sst.extraction import first_descriptors
-from sst.keypoints import RootSift
+from sst.config import KeypointSettings, TrainSettings
+from sst.extraction import first_keypoints
+from sst.keypoints import generic_detector
 from sst.round_making import ROUND_SEED, Corpus, Tools, correspondence_figures
 from sst.rounds import RoundRecord, RunDirectory
 from sst.schedule import derived_seed
@@ -33,27 +34,22 @@ def make_first_round(settings: TrainSettings, corpus: Corpus, run: RunDirectory,
     if run.has_round(0):
         return run.record(0)
     started, shards, run_on_shards = time.monotonic(), corpus.train, tools.run_on_shards
-    raw = storage.join(run.round_url(0), "keypoints")
+    raw, seed = storage.join(run.round_url(0), "keypoints"), derived_seed(settings.seed, ROUND_SEED, 0)
     found = run_on_shards(detect_shard, [(corpus.url, shard, raw_url(raw, shard), settings) for shard in shards])
-    detected = time.monotonic()
-
-    keypoints = settings.keypoints
-    seed = derived_seed(settings.seed, ROUND_SEED, 0)
     if sum(found) == 0:
         raise ValueError(f"no keypoint was found on any of the {sum(s.samples for s in shards)} training images")
-    picked = sample_rows(found, keypoints.outlier_reference, seed)
-    sample = read_sample([(raw_url(raw, shard), rows) for shard, rows in zip(shards, picked, strict=True)])
-    reference = storage.join(raw, "reference.npz")
-    storage.save_npz(reference, descriptors=sample.astype(np.float16))
-    scores = run_on_shards(
-        score_shard, [(raw_url(raw, shard), reference, keypoints.outlier_neighbours) for shard in shards]
-    )
-    cut = outlier_cut(np.concatenate(scores), keypoints.outlier_share)
+    detected = time.monotonic()
+
+    keep = inliers(settings.keypoints, shards, raw, found, seed, run_on_shards)
+    if settings.keypoints.remove_background:
+        background = background_centroids(settings, shards, raw, seed, tools)
+        on_object = run_on_shards(background_shard, [(raw_url(raw, shard), *background) for shard in shards])
+        keep = [own & mask for own, mask in zip(keep, on_object, strict=True)]
     kept = run_on_shards(
         filter_shard,
         [
-            (raw_url(raw, shard), own <= cut, descriptors_url(run.round_url(0), shard.file))
-            for shard, own in zip(shards, scores, strict=True)
+            (raw_url(raw, shard), own, descriptors_url(run.round_url(0), shard.file))
+            for shard, own in zip(shards, keep, strict=True)
         ],
     )
     filtered = time.monotonic()
@@ -61,7 +57,7 @@ def make_first_round(settings: TrainSettings, corpus: Corpus, run: RunDirectory,
     matched = correspond(
         run.round_url(0),
         dict(zip((shard.file for shard in shards), kept, strict=True)),
-        lambda sample, start: tools.fit(sample, start, seed),
+        lambda sample, start: tools.fit(sample, start, seed, settings.cluster.clusters),
         run_on_shards,
         sample=settings.cluster.sample,
         seed=seed,
@@ -96,18 +92,76 @@ def raw_url(directory: str, shard: ShardInfo) -> str:
     return storage.join(directory, shard.file.removesuffix(".tar") + ".npz")
 
 
+def inside_url(raw: str) -> str:
+    """Where it lies which keypoints of a shard are on the object."""
+    return raw.removesuffix(".npz") + "-inside.npz"
+
+
 def detect_shard(corpus: str, shard: ShardInfo, target: str, settings: TrainSettings) -> int:
     """Writes the first keypoints of a shard; returns how many."""
-    detector = RootSift(settings.keypoints.patch, settings.keypoints.most)
-    descriptors = first_descriptors(corpus, shard, detector, settings.network.input_size)
-    descriptors.save(target)
-    return len(descriptors.points)
+    keypoints, inside = first_keypoints(
+        corpus,
+        shard,
+        generic_detector(settings.keypoints),
+        settings.network.input_size,
+        background=settings.keypoints.remove_background,
+    )
+    keypoints.save(target)
+    storage.save_npz(inside_url(target), inside=inside)
+    return len(keypoints.points)
+
+
+def inliers(
+    settings: KeypointSettings, shards: list[ShardInfo], raw: str, found: list[int], seed: int, run_on_shards: ShardMap
+) -> list[np.ndarray]:
+    """Which keypoints of each shard are not outliers, bool (N,)."""
+    picked = sample_rows(found, settings.outlier_reference, seed)
+    sample = read_sample([(raw_url(raw, shard), rows) for shard, rows in zip(shards, picked, strict=True)])
+    reference = storage.join(raw, "reference.npz")
+    storage.save_npz(reference, descriptors=sample.astype(np.float16))
+    scores = run_on_shards(
+        score_shard, [(raw_url(raw, shard), reference, settings.outlier_neighbours) for shard in shards]
+    )
+    cut = outlier_cut(np.concatenate(scores), settings.outlier_share)
+    return [np.asarray(own <= cut) for own in scores]
 
 
 def score_shard(url: str, reference: str, neighbours: int) -> np.ndarray:
     """Outlier scores of a shard's keypoints, float32 (N,)."""
     sample = storage.load_npz(reference)["descriptors"].astype(np.float32)
     return outlier_scores(Descriptors.load(url).descriptors.astype(np.float32), sample, neighbours=neighbours)
+
+
+def background_centroids(
+    settings: TrainSettings, shards: list[ShardInfo], raw: str, seed: int, tools: Tools
+) -> tuple[np.ndarray, np.ndarray]:
+    """Centroids of the keypoints on the objects and of those beside them.
+
+    Raises:
+        ValueError: if there are too few of either; the message has both numbers.
+    """
+    urls = [raw_url(raw, shard) for shard in shards]
+    masks = [storage.load_npz(inside_url(url))["inside"] for url in urls]
+    centroids = []
+    for where, wanted in ((True, settings.keypoints.inside_clusters), (False, settings.keypoints.outside_clusters)):
+        rows = [np.flatnonzero(mask == where) for mask in masks]
+        drawn = sample_rows([len(own) for own in rows], settings.cluster.sample, seed)
+        sample = [(url, own[chosen]) for url, own, chosen in zip(urls, rows, drawn, strict=True)]
+        try:
+            centroids.append(tools.fit(sample, None, seed, wanted).centroids)
+        except ValueError as error:
+            side = "inside" if where else "outside"
+            raise ValueError(
+                f"background removal, keypoints {side} the object boxes: {error}. Pack with a larger "
+                f"--context, lower --keypoints.{side}-clusters, or give --keypoints.no-remove-background"
+            ) from error
+    return centroids[0], centroids[1]
+
+
+def background_shard(url: str, inside_KD: np.ndarray, outside_KD: np.ndarray) -> np.ndarray:
+    """Which keypoints of a shard belong to the object and not to the background, bool (N,)."""
+    descriptors = Descriptors.load(url).descriptors.astype(np.float32)
+    return background_mask(descriptors, inside_KD, outside_KD, storage.load_npz(inside_url(url))["inside"])
 
 
 def filter_shard(url: str, keep_N: np.ndarray, target: str) -> int:

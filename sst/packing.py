@@ -43,7 +43,8 @@ class Annotated:
 
     Attributes:
         image: RGB uint8 (H, W, 3).
-        box: x0, y0, x1, y1, or None for the whole image.
+        box: what the view shows, x0, y0, x1, y1, or None for the whole image.
+        object_box: of the object itself, where that is tighter.
         points: float64 (L, 2), NaN where unknown; or None.
         visible: bool (L,); None for all.
     """
@@ -52,6 +53,7 @@ class Annotated:
     box: tuple[float, float, float, float] | None = None
     points: np.ndarray | None = None
     visible: np.ndarray | None = None
+    object_box: tuple[float, float, float, float] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,17 +179,25 @@ def pack_item(item: Item, context: float = 2.0, size: int | None = 256) -> Packe
         inside = ((points >= -0.5) & (points <= np.array(image.shape[1::-1]) - 0.5)).all(axis=1)
         visible = known & inside & (True if source.visible is None else source.visible)
         notes += ["point unknown"] * int((~known).sum()) + ["point outside"] * int((~inside).sum())
-    x0, y0, x1, y1 = stored_box.round(4).tolist()
+    object_box = None
+    if source.object_box is not None and np.isfinite(source.object_box).all():
+        object_box = _corners(transform_points(matrix, np.array(source.object_box, np.float64).reshape(2, 2)))
     meta = SampleMeta(
         source=item.source,
         split=item.split,
         subject=item.subject,
-        box=(x0, y0, x1, y1),
+        box=_corners(stored_box),
+        object_box=object_box,
         points=None if points is None else tuple((x, y) for x, y in points.round(4).tolist()),
         visible=None if visible is None else tuple(visible.tolist()),
     )
     jpeg = simplejpeg.encode_jpeg(image, quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="444")
     return Packed(jpeg, meta, notes=tuple(notes))
+
+
+def _corners(box: np.ndarray) -> tuple[float, float, float, float]:
+    x0, y0, x1, y1 = box.ravel().round(4).tolist()
+    return x0, y0, x1, y1
 
 
 def shuffled(items: Sequence[Item], seed: int) -> list[Item]:

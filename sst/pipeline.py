@@ -16,6 +16,7 @@ from sst.distributed import check_local_cpus, kmeans_backend, ray_tools, start_k
 from sst.errors import UserError
 from sst.evaluation import Scores
 from sst.first_round import make_first_round
+from sst.keypoints import generic_detector
 from sst.metrics import MetricsFile, MetricsReader
 from sst.model import ModelRecord, load_model
 from sst.pictures import draw_all
@@ -80,6 +81,15 @@ def claim(run: RunDirectory, settings: TrainSettings, corpus: Corpus) -> bool:
     return True
 
 
+def with_absolute_weights(settings: TrainSettings) -> TrainSettings:
+    """The settings with a file name that holds in any working directory."""
+    keypoints = settings.keypoints
+    if keypoints.superpoint.weights is None:
+        return settings
+    superpoint = keypoints.superpoint.model_copy(update={"weights": storage.absolute(keypoints.superpoint.weights)})
+    return settings.model_copy(update={"keypoints": keypoints.model_copy(update={"superpoint": superpoint})})
+
+
 def open_corpus(url: str) -> Corpus:
     """The corpus at a URL, checked against its manifest.
 
@@ -112,6 +122,8 @@ def train_run(
         UserError: if the corpus, the resources or an earlier run of that name do not permit it.
     """
     started = time.monotonic()
+    settings = with_absolute_weights(settings)
+    generic_detector(settings.keypoints)
     check_local_cpus(settings.resources)
     corpus, run = open_corpus(storage.absolute(shards)), RunDirectory(storage.absolute(run_url))
     is_new = claim(run, settings, corpus)

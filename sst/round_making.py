@@ -71,12 +71,13 @@ class Tools:
     """What rank 0 uses to make a round; tests pass local versions.
 
     Attributes:
-        fit: k-means on (descriptor shard, row numbers) pairs, from start centroids or none, with a seed.
+        fit: k-means on (descriptor shard, row numbers) pairs, from start centroids or none, with a seed and a number
+            of clusters.
         run_on_shards: runs a function per shard.
         log: takes one line of figures.
     """
 
-    fit: Callable[[Sample, np.ndarray | None, int], KMeansResult]
+    fit: Callable[[Sample, np.ndarray | None, int, int], KMeansResult]
     run_on_shards: ShardMap = map_serially
     log: Callable[[dict[str, Any]], None] = lambda line: None
 
@@ -108,7 +109,7 @@ class RoundMaker:
             found = correspond(
                 self.run.round_url(number),
                 rows,
-                lambda sample, start: self.tools.fit(sample, start, seed),
+                lambda sample, start: self.tools.fit(sample, start, seed, self.settings.cluster.clusters),
                 self.tools.run_on_shards,
                 sample=self.settings.cluster.sample,
                 seed=seed,

@@ -8,9 +8,9 @@ from cluster import storage
 from cluster.assignment import assign
 from sst.config import TrainSettings
 from sst.evaluation import PROTOCOLS, Scores, constant_guess, evaluate
-from sst.extraction import first_descriptors
+from sst.extraction import first_keypoints
 from sst.geometry import SCORING_SIZE, STRIDE, box_to_view, transform_points
-from sst.keypoints import RootSift
+from sst.keypoints import generic_detector
 from sst.round_making import Corpus
 from sst.rounds import RunDirectory
 from sst.shards import ShardInfo, read_shard
@@ -88,11 +88,11 @@ def score_first_keypoints(run: RunDirectory, corpus: Corpus, annotated: Annotate
     record, centroids = run.record(0), run.centroids(0)
     assert record.thresholds is not None
     thresholds = np.array(record.thresholds)
-    detector = RootSift(settings.keypoints.patch, settings.keypoints.most)
+    detector = generic_detector(settings.keypoints)
     to_pixels = SCORING_SIZE / settings.network.input_size * STRIDE
     parts = []
     for shard, numbers in annotated.rows:
-        found = first_descriptors(corpus.url, shard, detector, settings.network.input_size)
+        found, _ = first_keypoints(corpus.url, shard, detector, settings.network.input_size)
         points = np.full((len(numbers), len(centroids), 2), np.nan)
         for row, number in enumerate(numbers):
             own, descriptors = found.sample(number)

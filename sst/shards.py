@@ -71,7 +71,8 @@ class SampleMeta(BaseModel):
         source: name of the image that it came from.
         split: train or test.
         subject: who or what is seen, where known.
-        box: x0, y0, x1, y1 of the object in pixels of the stored image, of positive area.
+        box: x0, y0, x1, y1 of what the view shows in pixels of the stored image, of positive area.
+        object_box: of the object itself where the view shows more than it; first keypoints beyond it are dropped.
         points: annotated (x, y) in pixels of the stored image, pixel centres at integers; for scoring only.
         visible: whether each point is usable; one without a known place has the box centre and is False.
     """
@@ -82,6 +83,7 @@ class SampleMeta(BaseModel):
     split: Split
     subject: str | None = None
     box: tuple[float, float, float, float]
+    object_box: tuple[float, float, float, float] | None = None
     points: tuple[tuple[float, float], ...] | None = None
     visible: tuple[bool, ...] | None = None
 

@@ -204,22 +204,23 @@ class SuperPoint:
     scales: tuple[float, ...] = (1.0, 1.3, 1.6)
     half_side: float = 6.0
     descriptor_size: int = DESCRIPTOR_SIZE
+    sees_view: bool = False
 
     def __post_init__(self) -> None:
         if self.scales[:1] != (1.0,) or min(self.scales) < 1.0:
             raise ValueError(f"scales {self.scales} must begin with 1 and have none below 1")
 
     @torch.inference_mode()
-    def __call__(self, view_HW3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, image_HW3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See `KeypointDetector`; the most confident point comes first.
 
         Args:
-            view_HW3: uint8 RGB, sides of at least 8 px.
+            image_HW3: uint8 RGB, sides of at least 8 px.
 
         Returns:
-            Points float32 (N, 2), pixels of the view, and descriptors float32 (N, D) of unit length; N may be 0.
+            Points float32 (N, 2), pixels of the image, and descriptors float32 (N, D) of unit length; N may be 0.
         """
-        grey = cv2.cvtColor(view_HW3, cv2.COLOR_RGB2GRAY)
+        grey = cv2.cvtColor(image_HW3, cv2.COLOR_RGB2GRAY)
         # One scale after the other: a large image takes half a gigabyte per megapixel as it is.
         points, confidence, maps = zip(*(self._detect(grey, scale) for scale in self.scales), strict=True)
         united = np.concatenate(points)

@@ -56,7 +56,7 @@ def write_toy(url: str, train: int, test: int, shard_samples: int = 16, annotate
 def local_tools(lines: list[dict[str, Any]], settings: TrainSettings = SETTINGS) -> Tools:
     """Everything in this process; figures are appended to `lines`."""
     return Tools(
-        lambda sample, start, seed: fit(read_sample(sample), settings.cluster.clusters, seed=seed, start=start),
+        lambda sample, start, seed, clusters: fit(read_sample(sample), clusters, seed=seed, start=start),
         log=lines.append,
     )
 

@@ -87,7 +87,7 @@ def load(path: Path, box: Box, points: np.ndarray | None) -> Annotated:
     height, width = image.shape[:2]
     if (width, height) != (WIDTH, HEIGHT):
         raise UnusableImage(f"{width} x {height} pixels; aligned images have {WIDTH} x {HEIGHT}")
-    return Annotated(image, grown_box(box, width, height), points)
+    return Annotated(image, grown_box(box, width, height), points, object_box=box)
 
 
 def read_partition(path: Path) -> dict[str, int]:

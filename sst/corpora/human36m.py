@@ -227,7 +227,8 @@ def person(image: np.ndarray | None, box: tuple[int, int, int, int], points_L2: 
     matrix = crop_matrix(box)
     crop = cv2.warpAffine(image, matrix[:2], (CROP, CROP), flags=cv2.INTER_LINEAR)
     points = transform_points(matrix, points_L2.astype(np.float64))
-    return Annotated(crop, view_box(), view_consistent(points))
+    x0, y0, x1, y1 = transform_points(matrix, np.array(box, np.float64).reshape(2, 2)).ravel().tolist()
+    return Annotated(crop, view_box(), view_consistent(points), object_box=(x0, y0, x1, y1))
 
 
 def view_consistent(points_L2: np.ndarray) -> np.ndarray:

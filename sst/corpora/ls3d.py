@@ -94,7 +94,8 @@ def load(image: Path, landmarks: Path, read: Callable[[Path], np.ndarray], box: 
     except (OSError, ValueError) as error:
         raise UnusableImage(str(error)) from error
     pixels = read_image(image)
-    return Annotated(pixels, grown_box(box or extent_box(points), pixels.shape[1], pixels.shape[0]), points)
+    box = box or extent_box(points)
+    return Annotated(pixels, grown_box(box, pixels.shape[1], pixels.shape[0]), points, object_box=box)
 
 
 def read_pts(path: Path) -> np.ndarray:
