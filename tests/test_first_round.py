@@ -90,7 +90,9 @@ def test_background_removal_equals_the_slow_reference(scenes, tmp_path):
         inside_clusters=12,
         outside_clusters=20,
     )
-    settings, run = settings_with(keypoints), RunDirectory(str(tmp_path))
+    cluster = SETTINGS.cluster.model_copy(update={"sample": 100_000})  # all of them
+    settings = settings_with(keypoints).model_copy(update={"cluster": cluster})
+    run = RunDirectory(str(tmp_path))
     make_first_round(settings, scenes, run, local_tools([], settings))
 
     found = [first_keypoints(scenes.url, shard, RootSift(most=200), 64, background=True) for shard in scenes.train]
