@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import simplejpeg
 import torch
 
@@ -50,6 +52,29 @@ def write_toy(url: str, train: int, test: int, shard_samples: int = 16, annotate
                     points=tuple((float(x), float(y)) for x, y in drawn.points) if annotated else None,
                     visible=tuple(map(bool, drawn.visible)) if annotated else None,
                 ),
+            )
+
+
+def write_scenes(url: str, images: int = 24) -> None:
+    """Four letters that walk about before a constant background of grey rings, as a fixed camera sees it."""
+    rng, side = np.random.default_rng(0), 112  # of the square object box, in stored pixels
+    background = np.full((256, 256, 3), 128, np.uint8)
+    for _ in range(60):
+        centre, grey = rng.integers(0, 256, 2).tolist(), int(rng.integers(0, 255))
+        cv2.circle(background, centre, int(rng.integers(3, 9)), (grey, grey, grey), 2)
+    with ShardWriter(url, "scenes", None, 6) as writer:
+        for index in range(images):
+            image = background.copy()
+            left, top = rng.integers(16, 240 - side, 2).tolist()
+            for letter, x, y in (("K", 24, 50), ("S", 64, 50), ("R", 24, 92), ("A", 64, 92)):
+                at = rng.integers(-2, 3, 2) + (left + x, top + y)
+                cv2.rectangle(image, (at - (4, 30)).tolist(), (at + (30, 6)).tolist(), (40, 90, 200), -1)
+                cv2.putText(image, letter, at.tolist(), cv2.FONT_HERSHEY_SIMPLEX, 1.0, (250, 250, 120), 3)
+            box = (float(left), float(top), float(left + side), float(top + side))
+            view = (box[0] - 8, box[1] - 8, box[2] + 8, box[3] + 8)
+            writer.add(
+                simplejpeg.encode_jpeg(image, 95, colorsubsampling="444"),
+                SampleMeta(source=f"scene {index}", split="train", box=view, object_box=box),
             )
 
 

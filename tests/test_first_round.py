@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
-import simplejpeg
 import torch
 
 from cluster import storage
@@ -19,34 +17,9 @@ from sst.keypoints import RootSift, generic_detector
 from sst.round_making import ROUND_SEED, Corpus
 from sst.rounds import RunDirectory
 from sst.schedule import derived_seed
-from sst.shards import SampleMeta, ShardWriter, decode, read_shard
+from sst.shards import decode, read_shard
 from sst.superpoint import SuperPointNetwork
-from tests.small import SETTINGS, local_tools, write_toy
-
-SIDE = 112  # of the square object box, in stored pixels
-
-
-def write_scenes(url: str, images: int = 24) -> None:
-    """Four letters that walk about before a constant background of grey rings, as a fixed camera sees it."""
-    rng = np.random.default_rng(0)
-    background = np.full((256, 256, 3), 128, np.uint8)
-    for _ in range(60):
-        centre, grey = rng.integers(0, 256, 2).tolist(), int(rng.integers(0, 255))
-        cv2.circle(background, centre, int(rng.integers(3, 9)), (grey, grey, grey), 2)
-    with ShardWriter(url, "scenes", None, 6) as writer:
-        for index in range(images):
-            image = background.copy()
-            left, top = rng.integers(16, 240 - SIDE, 2).tolist()
-            for letter, x, y in (("K", 24, 50), ("S", 64, 50), ("R", 24, 92), ("A", 64, 92)):
-                at = rng.integers(-2, 3, 2) + (left + x, top + y)
-                cv2.rectangle(image, (at - (4, 30)).tolist(), (at + (30, 6)).tolist(), (40, 90, 200), -1)
-                cv2.putText(image, letter, at.tolist(), cv2.FONT_HERSHEY_SIMPLEX, 1.0, (250, 250, 120), 3)
-            box = (float(left), float(top), float(left + SIDE), float(top + SIDE))
-            view = (box[0] - 8, box[1] - 8, box[2] + 8, box[3] + 8)
-            writer.add(
-                simplejpeg.encode_jpeg(image, 95, colorsubsampling="444"),
-                SampleMeta(source=f"scene {index}", split="train", box=view, object_box=box),
-            )
+from tests.small import SETTINGS, local_tools, write_scenes, write_toy
 
 
 def settings_with(keypoints: KeypointSettings) -> TrainSettings:
@@ -99,8 +72,7 @@ def test_background_removal_equals_the_slow_reference(scenes, tmp_path):
     points = np.concatenate([own.points for own, _ in found])
     descriptors = np.concatenate([own.descriptors for own, _ in found]).astype(np.float64)
     inside = in_object(points)
-    distances = ((descriptors[:, None] - descriptors[None]) ** 2).sum(2)
-    scores = np.median(np.sort(distances, axis=1)[:, :5], axis=1)
+    scores = np.array([np.median(np.sort(((row - descriptors) ** 2).sum(1))[:5]) for row in descriptors])
     cut = np.sort(scores)[int(np.ceil(0.9 * len(scores))) - 1]
     seed = derived_seed(settings.seed, ROUND_SEED, 0)
     near, far = (
