@@ -1,7 +1,7 @@
 """The stacked-hourglass network with a detector head and a descriptor (later landmark) head.
 
 Shapes: B batch, C channels, H W heatmap (a quarter of the input).
-Source: Mallis et al. 2020, section 4 (implementation details); the layer list is in docs/method.md.
+Source: Mallis et al. 2020, section 4 (implementation details); what is equal to the published code is in docs/fidelity.md.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class NetworkShape:
-    """Size of the network; the defaults are the published ones (8.4 M parameters).
+    """Size of the network; the defaults are the published ones (6.8 M parameters; published
+    checkpoints hold 1.6 M more that are never used).
 
     Attributes:
         width: channels of the hourglass.

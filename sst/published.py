@@ -5,7 +5,7 @@ containers and whatever `ALLOWED` lists: numpy arrays of plain numbers.
 
 Shape letters: K clusters, D descriptor size.
 Source: the layout of github.com/dimitrismallis/UnsupervisedLandmarks (FanModel.py: names; FanClass.py: the dictionary),
-summed up in docs/method.md.
+see docs/fidelity.md.
 """
 
 import io

@@ -1,18 +1,24 @@
 """Presets hold the published constants, and the full-size network trains with them."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from cluster.shards import Descriptors, Labels
 from jobs import train
 from sst.config import PRESETS
 from sst.data import Batch
+from sst.extraction import extract_descriptors
 from sst.geometry import box_to_view
 from sst.network import DetectorDescriptor, LandmarkDetector
+from sst.round_making import Corpus
+from sst.suppression import decode_landmarks
 from sst.training import stage1_losses, stage2_losses
-from tests.small import local_tools, train_locally, write_scenes
+from tests.small import SETTINGS, local_tools, train_locally, write_scenes
 
 PUBLISHED = {
     "network": {"input_size": 256, "width": 256, "depth": 4, "groups": 32, "descriptor_size": 256},
@@ -190,6 +196,71 @@ def test_a_step_of_each_full_size_preset(preset):
         assert all(torch.isfinite(loss) and loss > 0 for loss in losses.values())
         moved = [not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
         assert all(moved)
+
+
+def extracted(model: DetectorDescriptor, corpus: Corpus) -> list[Descriptors]:
+    """Descriptors of every shard, each image with one label in the middle."""
+    return [
+        extract_descriptors(
+            model,
+            corpus.url,
+            shard,
+            Labels(
+                np.arange(shard.samples + 1),
+                np.full((shard.samples, 2), 8, np.float32),
+                np.zeros(shard.samples, np.int16),
+                np.zeros(shard.samples, np.float32),
+            ),
+            input_size=64,
+            threshold=0.0,
+            precision="float32",
+        )
+        for shard in corpus.train
+    ]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    url = str(tmp_path_factory.mktemp("corpus"))
+    write_scenes(url, 15)
+    return Corpus.open(url)
+
+
+def test_the_last_incomplete_batch_is_clustered_too(corpus, monkeypatch):
+    torch.manual_seed(0)
+    model = DetectorDescriptor(SETTINGS.network.shape).eval()
+    whole = extracted(model, corpus)
+    monkeypatch.setattr("sst.extraction.BATCH", 4)
+    parts = extracted(model, corpus)
+    assert [len(shard) for shard in parts] == [6, 6, 3]
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_array_equal(one.offsets, other.offsets)
+        assert (np.diff(one.offsets) >= 1).all()
+        np.testing.assert_allclose(one.descriptors, other.descriptors, atol=2e-3)
+
+
+def test_zero_length_descriptors_are_left_out(corpus):
+    model = DetectorDescriptor(SETTINGS.network.shape).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert [len(shard.points) for shard in extracted(model, corpus)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("column", "row"), [(0, 5), (0, 0), (15, 15), (15, 3)])
+def test_a_landmark_at_the_border_is_decoded_in_its_own_row(column, row):
+    heat = torch.zeros(1, 1, 16, 16)
+    heat[0, 0, row, column] = 1.0
+    points, confidence = decode_landmarks(heat)
+    assert (points[0, 0] - torch.tensor([column, row])).abs().max() <= 0.5 and confidence.item() == 1.0
+
+
+def test_every_test_that_the_page_names_exists():
+    page = Path("docs/fidelity.md").read_text("utf-8")
+    named = re.findall(r"`(test_\w+)::(test_\w+)`", page)
+    assert len(named) > 30
+    missing = [pair for pair in named if f"def {pair[1]}(" not in Path("tests", f"{pair[0]}.py").read_text("utf-8")]
+    assert not missing
 
 
 @pytest.mark.slow
