@@ -1,7 +1,7 @@
 """The stacked-hourglass network with a detector head and a descriptor (later landmark) head.
 
 Shapes: B batch, C channels, H W heatmap (a quarter of the input).
-Source: Mallis et al. 2020, section 4 (implementation details); what is equal to the published code is in docs/fidelity.md.
+Source: Mallis et al. 2020, section 4 (implementation details); docs/fidelity.md compares.
 """
 
 from dataclasses import dataclass
