@@ -9,6 +9,8 @@ import io
 import json
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +55,37 @@ def read_bytes(url: str) -> bytes:
 def write_bytes(url: str, data: bytes) -> None:
     """Writes a whole file atomically, making its directory where needed."""
     fs, path = fsspec.core.url_to_fs(url)
-    if "file" not in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
+    if not _is_local(fs):
         fs.pipe_file(path, data)
         return
-    target = Path(path)
+    with _written(Path(path), data) as temporary:
+        os.replace(temporary, path)
+
+
+def create_bytes(url: str, data: bytes) -> bool:
+    """Writes a whole file atomically if there is none of that name; returns whether it did.
+
+    Of several that try at once, one succeeds: by a hard link locally, by a conditional put on an object store.
+    """
+    fs, path = fsspec.core.url_to_fs(url)
+    try:
+        if not _is_local(fs):
+            fs.pipe_file(path, data, mode="create")
+        else:
+            with _written(Path(path), data) as temporary:
+                os.link(temporary, path)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _is_local(fs: Any) -> bool:
+    return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
+
+
+@contextmanager
+def _written(target: Path, data: bytes) -> Iterator[Path]:
+    """A temporary file beside the target that holds the data while inside."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -64,7 +93,7 @@ def write_bytes(url: str, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 

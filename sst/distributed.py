@@ -6,6 +6,7 @@ Thin shells: what they call is plain code that tests run without Ray.
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from cluster.dispatch import RayMap
 from cluster.kmeans import KMeansResult
 from sst.config import ResourceSettings, TrainSettings
 from sst.errors import RunFailedError, UserError
+from sst.interrupt import StopFlag, Stopped, run_stoppably
 from sst.round_making import Tools
 
 TASK_CPUS = 0.05
@@ -126,7 +128,7 @@ def train_on_workers(settings: TrainSettings, corpus_url: str, run_url: str, act
     """Trains by DDP on the running cluster, to the end; needs round 0.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C, when the workers have ended.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, when the workers have saved and ended; see `sst.interrupt`.
         RunFailedError: if more workers were lost than `max_failures`, or a worker raised; the message is its own.
     """
     import ray.train
@@ -153,11 +155,9 @@ def train_on_workers(settings: TrainSettings, corpus_url: str, run_url: str, act
         ),
     )
     try:
-        trainer.fit()
+        run_stoppably(trainer.fit, StopFlag(run_url))
     except ray.train.TrainingFailedError as error:
         raise RunFailedError(str(error)) from None
-    except SystemExit:
-        raise KeyboardInterrupt from None  # what Ray Train makes of Ctrl-C
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
@@ -180,6 +180,12 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     settings = TrainSettings.model_validate(config["settings"])
     group = Group(context.get_world_rank(), context.get_world_size(), device)
     metrics = MetricsFile(config["run"]) if group.rank == 0 else None
-    tools = ray_tools(settings, config["kmeans"], metrics.write if metrics else lambda line: None)
+    tools = replace(
+        ray_tools(settings, config["kmeans"], metrics.write if metrics else lambda line: None),
+        stop=StopFlag(config["run"]).is_up,
+    )
     trainer = Trainer(settings, Corpus.open(config["corpus"]), RunDirectory(config["run"]), group, tools)
-    trainer.finish(trainer())
+    try:
+        trainer.finish(trainer())
+    except Stopped:
+        return  # a failure would be a reason to start again

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 from pydantic import ValidationError
 
+from sst.interrupt import Terminated
+
 
 class UserError(Exception):
     """A mistake in what was asked for; its message says what is wrong and what to do."""
@@ -19,7 +21,8 @@ class RunFailedError(Exception):
 def exit_on_user_error() -> Iterator[None]:
     """Prints a `UserError`, or every problem of a configuration, on stderr and exits with code 2.
 
-    A run that failed on the way exits with code 1, an interrupted one with 130.
+    A run that failed on the way exits with code 1, one interrupted by Ctrl-C with 130, by SIGTERM with
+    143.
 
     Usable as a decorator too.
 
@@ -31,9 +34,9 @@ def exit_on_user_error() -> Iterator[None]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(143 if isinstance(error, Terminated) else 130) from None
     except RunFailedError as error:
         print(f"error: training failed; the same command goes on from the last checkpoint\n{error}", file=sys.stderr)
         raise SystemExit(1) from None

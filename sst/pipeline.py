@@ -16,7 +16,9 @@ from sst.distributed import check_local_cpus, kmeans_backend, ray_tools, start_k
 from sst.errors import UserError
 from sst.evaluation import Scores
 from sst.first_round import make_first_round
+from sst.interrupt import terminable
 from sst.keypoints import generic_detector
+from sst.lock import RunLock
 from sst.metrics import MetricsFile, MetricsReader
 from sst.model import ModelRecord, load_model
 from sst.pictures import draw_all
@@ -126,10 +128,22 @@ def train_run(
     generic_detector(settings.keypoints)
     check_local_cpus(settings.resources)
     corpus, run = open_corpus(storage.absolute(shards)), RunDirectory(storage.absolute(run_url))
-    is_new = claim(run, settings, corpus)
-    tracker = Tracker(run.url, tracking, experiment, name)
+    with terminable(), RunLock(run.url):
+        is_new = claim(run, settings, corpus)
+        try:
+            return tracked_run(settings, corpus, run, Tracker(run.url, tracking, experiment, name), started)
+        except UserError:
+            if is_new:
+                storage.remove(run.url)  # the name is free for corrected settings
+            raise
+
+
+def tracked_run(
+    settings: TrainSettings, corpus: Corpus, run: RunDirectory, tracker: Tracker, started: float
+) -> Outcome:
+    """What is left of a run that is claimed; the tracker learns how it ended."""
     tracker.log_settings(settings.model_dump(mode="json"))
-    status, forget = "FAILED", False
+    status = "FAILED"
     try:
         with showing(run, settings, corpus, tracker) as show:
             gpu = start_ray(settings.resources)
@@ -149,13 +163,8 @@ def train_run(
         status = "KILLED"
         print("the same command goes on from the last checkpoint", flush=True)
         raise
-    except UserError:
-        forget = is_new
-        raise
     finally:
         tracker.close(status)
-        if forget:
-            storage.remove(run.url)  # the name is free for corrected settings
 
 
 def describe(settings: TrainSettings, corpus: Corpus, gpu: bool, kmeans: str) -> str:

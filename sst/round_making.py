@@ -75,11 +75,13 @@ class Tools:
             of clusters.
         run_on_shards: runs a function per shard.
         log: takes one line of figures.
+        stop: whether the run is to end after a checkpoint.
     """
 
     fit: Callable[[Sample, np.ndarray | None, int, int], KMeansResult]
     run_on_shards: ShardMap = map_serially
     log: Callable[[dict[str, Any]], None] = lambda line: None
+    stop: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from sst.evaluation import equivariance_error
 from sst.extraction import Predictions, autocast
 from sst.geometry import SCORING_SIZE
 from sst.group import Group
+from sst.interrupt import Stopped
 from sst.losses import descriptor_loss, detector_loss, landmark_loss, sample_descriptors
 from sst.model import keep_landmarks, save_model
 from sst.network import DetectorDescriptor, LandmarkDetector
@@ -39,7 +40,7 @@ DATA_SEED, STEP_SEED, WEIGHT_SEED = 2, 3, 4
 """Purpose numbers in `derived_seed`."""
 
 LOG_STEPS = 20
-"""Optimizer steps between two lines of figures."""
+"""Optimizer steps between two lines of figures, and two looks whether to stop."""
 
 SKIP_LIMIT = 5
 """Consecutive steps with a loss or gradient that is not finite, after which the run stops."""
@@ -136,6 +137,7 @@ class Trainer:
 
         Raises:
             FloatingPointError: if losses stay without a finite value.
+            Stopped: after a checkpoint, if `tools.stop` asks for it.
             ValueError: if a shard or record is damaged, or too few descriptors are found.
         """
         first, done = self._restore()
@@ -225,8 +227,15 @@ class Trainer:
             if (step + 1) % LOG_STEPS == 0 or last:
                 rate = self.optimizer.param_groups[0]["lr"]
                 self.tools.log(figures.line(global_step + 1, step + 1) | {"learning_rate": rate})
-            if (step + 1) % self.settings.resources.checkpoint_steps == 0 or last:
+            stop = (global_step + 1) % LOG_STEPS == 0 and self._stop_asked()
+            if (step + 1) % self.settings.resources.checkpoint_steps == 0 or last or stop:
                 self._checkpoint(index, step + 1)
+            if stop:
+                raise Stopped
+
+    def _stop_asked(self) -> bool:
+        """Whether the run is to end; all workers answer alike."""
+        return any(self.group.gather(self.group.rank == 0 and self.tools.stop()))
 
     def _stream(self, phase: Phase, done: int, record: RoundRecord) -> Iterator[Batch]:
         examples = training_examples(

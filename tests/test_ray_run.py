@@ -177,19 +177,24 @@ def test_a_corpus_without_annotations_trains_too(folder, cluster, tmp_path):
     assert "no annotations" in (run / "report.html").read_text()
 
 
-def test_ctrl_c_ends_with_a_code_of_its_own(folder, shards):
-    run = folder / "runs" / "interrupted"
-    command = [sys.executable, "-m", "jobs.train", *arguments(folder, shards, "interrupted")]
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_ends_with_a_code_of_its_own(undisturbed, folder, shards, number, code):
+    run = folder / "runs" / f"interrupted{code}"
+    long = "--resources.checkpoint-steps 100000 --stage2.iterations 20000".split()
+    command = [sys.executable, "-m", "jobs.train", *arguments(folder, shards, run.name), *long]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     ) as process:
         deadline = time.monotonic() + 240
-        while not any(line.get("phase") == "warm-up" for line in lines(run)):
+        while not any(line.get("phase") == "landmarks" for line in lines(run)):
             assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+        process.send_signal(number)
         shown, _ = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "the same command goes on" in shown
+    assert process.returncode == code
+    assert "finishing the step" in shown and "the same command goes on" in shown
     assert not (run / "model").exists() and not list(run.rglob("*.tmp"))
+    assert not (run / "stop").exists() and not (run / "lock.json").exists()
+    steps = [line["step"] for line in lines(run) if line["kind"] == "step"]
+    assert max(int(path.name) for path in (run / "checkpoints").iterdir()) == steps[-1]  # nothing shown is lost

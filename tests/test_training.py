@@ -6,6 +6,7 @@ import torch
 
 from sst.checkpoint import latest_checkpoint
 from sst.config import PRESETS, Stage1Settings, Stage2Settings, TrainSettings
+from sst.interrupt import Stopped
 from sst.model import load_model
 from sst.rounds import RunDirectory
 from sst.schedule import derived_seed, learning_rate, plan
@@ -121,6 +122,27 @@ def test_a_crashed_run_goes_on_and_ends_with_equal_weights_and_labels(finished, 
         ours = {p.name: p.read_bytes() for p in (tmp_path / part).iterdir()}
         theirs = {p.name: p.read_bytes() for p in (undisturbed / part).iterdir()}
         assert ours == theirs, part
+
+
+@pytest.mark.parametrize("every", [5, 20])  # within a phase, and at the end of one
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_from_there(finished, corpus, tmp_path, monkeypatch, every):
+    monkeypatch.setattr("sst.training.LOG_STEPS", every)
+    undisturbed, asked = finished[0], []
+
+    def stop():
+        asked.append(True)
+        return len(asked) == 1
+
+    lines = []
+    tools = local_tools(lines)
+    with pytest.raises(Stopped):
+        train_locally(corpus, str(tmp_path), type(tools)(tools.fit, log=lines.append, stop=stop))
+    assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == every
+    train_locally(corpus, str(tmp_path), tools)
+    assert [line["step"] for line in lines if line["kind"] == "resume"] == [every]
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == (
+        undisturbed / "model" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_other_settings_do_not_take_over_a_checkpoint(finished, corpus):

@@ -1,0 +1,110 @@
+"""Stopping in order: the first Ctrl-C or SIGTERM lets the workers save, the second stops at once."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from cluster import storage
+
+
+class Stopped(Exception):
+    """Raised in a worker's loop, after its checkpoint, when it was asked to stop."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what `ray job stop`, a scheduler or a spot notice sends."""
+
+
+class StopFlag:
+    """A file in the run directory by which the process that was started asks its workers to stop."""
+
+    def __init__(self, run_url: str) -> None:
+        self.url = storage.join(run_url, "stop")
+
+    def put_up(self) -> None:
+        """Asks for a stop."""
+        storage.write_bytes(self.url, b"")
+
+    def take_down(self) -> None:
+        """Nobody is asked any more."""
+        storage.remove(self.url)
+
+    def is_up(self) -> bool:
+        """Whether a stop was asked for."""
+        return storage.exists(self.url)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """While inside, SIGTERM raises `Terminated` in the main thread, as Ctrl-C raises KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():  # a trial of a sweep; signals are not its own
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_stoppably(work: Callable[[], object], stop: StopFlag) -> None:
+    """Runs some work, whose end the first signal asks for and the second does not wait for.
+
+    Args:
+        work: returns soon after the flag is up. It runs in a thread, so that it cannot take the signals over.
+        stop: is put up by the first signal.
+
+    Raises:
+        KeyboardInterrupt: after a signal, when the work has ended; at once after a second one.
+        Exception: what the work raises.
+    """
+    stop.take_down()
+    if threading.current_thread() is not threading.main_thread():
+        work()
+        return
+    failures: list[BaseException] = []
+    signals: list[int] = []
+    asked = threading.Event()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # handed to the main thread
+            failures.append(error)
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        asked.set()
+        if len(signals) > 1:
+            raise interruption(number)
+        print("finishing the step and saving; the same signal again stops at once", flush=True)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    thread = threading.Thread(target=run, name="work", daemon=True)
+    try:
+        thread.start()
+        told = False
+        while thread.is_alive():
+            thread.join(0.2)
+            if asked.is_set() and not told:
+                stop.put_up()
+                told = True
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        stop.take_down()
+    if failures:
+        raise failures[0]
+    if signals:
+        raise interruption(signals[0])
+
+
+def interruption(number: int) -> KeyboardInterrupt:
+    """The exception that stands for a signal."""
+    return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()

@@ -1,0 +1,93 @@
+"""Whoever is killed, wherever it was: the run ends with the weights and labels of an undisturbed one, bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_ray_run import all_labels, arguments, lines, model_bytes
+
+DRIVER = """
+import json, os, sys
+import ray
+ray.init(num_cpus=2, log_to_driver=False, runtime_env={"worker_process_setup_hook": "tests.injector.install"})
+if "FAULT" in os.environ:
+    told = json.load(open(os.environ["FAULT"]))
+    json.dump(told | {"driver": os.getpid()}, open(os.environ["FAULT"], "w"))
+from jobs.train import main
+main(sys.argv[1:])
+"""
+
+WORKER = ["stage 1", "extraction", "k-means", "assignment", "checkpoint", "stage 2", "merging", "merged labels"]
+QUICK = [("worker", "checkpoint"), ("actor", "k-means")]
+"""Cases that run with the quick tests; the others take a quarter of an hour."""
+
+CASES = [
+    *(("worker", place) for place in [*WORKER, "prediction"]),
+    *(("actor", place) for place in ("stage 1", "k-means", "assignment")),
+    *(("driver", place) for place in [*WORKER, "prediction"]),
+]
+
+
+def run_driver(folder: Path, shards: Path, name: str, fault: Path | None) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "FAULT")}
+    environment |= {"PYTHONPATH": os.getcwd(), "RAY_AUTH_MODE": "disabled", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+    if fault is not None:
+        environment["FAULT"] = str(fault)
+    return subprocess.run(
+        [sys.executable, "-c", DRIVER, *arguments(folder, shards, name)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("recovery")
+
+
+@pytest.fixture(scope="module")
+def shards(folder):
+    from jobs import pack
+
+    out = folder / "shards"
+    pack.main(f"toy --count 90 --size 96 --test-share 0.3 --shard-samples 16 --out {out}".split())
+    return out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, shards):
+    done = run_driver(folder, shards, "undisturbed", None)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "undisturbed"
+
+
+@pytest.mark.parametrize(
+    ("victim", "place"),
+    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES],
+)
+def test_a_killed_process_costs_nothing_of_the_result(undisturbed, folder, shards, victim, place):
+    name = f"{victim}-{place}".replace(" ", "-")
+    run, fault = folder / "runs" / name, folder / f"{name}.json"
+    fault.write_text(json.dumps({"place": place, "victim": victim}))
+    done = run_driver(folder, shards, name, fault)
+    assert fault.with_name(fault.name + ".fired").exists(), done.stderr
+    if victim == "driver":
+        assert done.returncode == -9 and not (run / "report.html").exists()
+        done = run_driver(folder, shards, name, fault)
+    assert done.returncode == 0, done.stderr
+    assert model_bytes(run) == model_bytes(undisturbed)
+    assert all_labels(run) == all_labels(undisturbed)
+    assert not list(run.rglob("*.tmp")) and not (run / "lock.json").exists()
+    kinds = [line["kind"] for line in lines(run)]
+    assert ("resume" in kinds) == (victim == "worker" or (victim == "driver" and place not in NO_CHECKPOINT_YET))
+
+
+NO_CHECKPOINT_YET: tuple[str, ...] = ()
+"""Places that a run reaches before its first checkpoint."""
