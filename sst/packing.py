@@ -124,6 +124,12 @@ def _to_rgb(image: Any) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
+def usable_box(box: Sequence[float], width: int, height: int) -> np.ndarray | None:
+    """The box x0, y0, x1, y1 clipped to its image; None if it is then under 2 pixels wide or high, or has a NaN."""
+    clipped = np.clip(np.array(box, np.float64), 0, [width, height, width, height])
+    return clipped if np.isfinite(clipped).all() and (clipped[2:] - clipped[:2] >= 2).all() else None
+
+
 def pack_item(item: Item, context: float = 2.0, size: int | None = 256) -> Packed:
     """Loads an image, crops it to its box with context, and shrinks it to what is needed.
 
@@ -151,8 +157,8 @@ def pack_item(item: Item, context: float = 2.0, size: int | None = 256) -> Packe
     whole = np.array([0.0, 0.0, width, height])
     box = whole
     if source.box is not None:
-        clipped = np.clip(np.array(source.box, np.float64), 0, [width, height, width, height])
-        if np.isfinite(clipped).all() and (clipped[2:] - clipped[:2] >= 2).all():
+        clipped = usable_box(source.box, width, height)
+        if clipped is not None:
             box = clipped
         else:
             notes.append("box unusable, whole image taken")

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any, TypeVar
 
 from rich.markup import escape
@@ -15,19 +15,27 @@ LINE_SECONDS = 5.0
 """Shortest time between two plain lines."""
 
 
-def with_progress(items: Sequence[T], what: str) -> Iterator[T]:
-    """Shows how far the iteration is and the time left: a bar in a terminal, else about ten lines."""
+def with_progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """Shows how far the iteration is and the time left: a bar in a terminal, else about ten lines.
+
+    Args:
+        items: what is gone through.
+        what: word before the figures.
+        total: number of items, where they have no length.
+    """
+    count = len(items) if isinstance(items, Sized) else (total or 1)
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import track
 
-        yield from track(items, what, console=Console(stderr=True))
+        yield from track(items, what, count, console=Console(stderr=True))
         return
-    start, step = time.monotonic(), max(1, len(items) // 10)
+    start, step, said = time.monotonic(), max(1, count // 10), time.monotonic()
     for done, item in enumerate(items):
-        if done and done % step == 0:
-            left = (time.monotonic() - start) / done * (len(items) - done)
-            print(f"{what} {done}/{len(items)}, {left:.0f} s left", file=sys.stderr, flush=True)
+        if done and done % step == 0 and time.monotonic() - said > 1:
+            said = time.monotonic()
+            left = (time.monotonic() - start) / done * max(0, count - done)
+            print(f"{what} {done}/{count}, {left:.0f} s left", file=sys.stderr, flush=True)
         yield item
 
 

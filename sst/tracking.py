@@ -29,6 +29,12 @@ MLFLOW_ENVIRONMENT = {
 """Set before MLflow is imported, unless the caller has set them: its defaults wait for minutes."""
 
 
+def set_environment(values: Mapping[str, str]) -> None:
+    """Sets variables that the caller has not set."""
+    for name, value in values.items():
+        os.environ.setdefault(name, value)
+
+
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested settings as "a.b.c": text."""
     flat: dict[str, str] = {}
@@ -135,8 +141,7 @@ class Tracker:
                 logger.warning("MLflow at %s is given up: %s", redact(self._uri), type(error).__name__)
 
     def _open(self) -> None:
-        for name, value in MLFLOW_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        set_environment(MLFLOW_ENVIRONMENT)
         import mlflow
 
         for chatty in ("mlflow", "alembic"):

@@ -96,6 +96,16 @@ def read_annotations(path: str) -> list[Row]:
     return rows
 
 
+def point_names(path: str, count: int) -> list[str]:
+    """What the annotated points are called: as a COCO file's categories say, else "point_0", "point_1", ..."""
+    if path.lower().endswith(".json"):
+        for category in json.loads(Path(path).read_text(encoding="utf-8-sig")).get("categories", ()):
+            names = category.get("keypoints", ())
+            if len(names) == count:
+                return [str(name) for name in names]
+    return [f"point_{number}" for number in range(count)]
+
+
 def _csv(path: str, text: str) -> list[Row]:
     reader = csv.DictReader(text.splitlines())
     columns = reader.fieldnames or []

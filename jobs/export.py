@@ -1,0 +1,61 @@
+"""Writes a model for other programs: `python -m jobs.export MODEL --out DIR`.
+
+DIR/model.onnx (onnxruntime, TensorRT, ...), DIR/model.pt2 (torch.export) and DIR/mlflow (`mlflow models serve`) take
+uint8 RGB images (B, H, W, 3) of any size and give landmarks in pixels of these images, and confidences.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from pydantic import BaseModel, ConfigDict
+
+from cluster import storage
+from sst.errors import UserError, exit_on_user_error
+from sst.export import export
+from sst.prediction import open_model
+
+
+class Export(BaseModel):
+    """Which model is written where."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Run directory of jobs.train, or the model/ directory in it."""
+    out: str
+    """Directory or URL that is written to."""
+    overwrite: bool = False
+    """Replace what was exported to --out before."""
+
+
+def run(config: Export) -> None:
+    """Exports and says what was written.
+
+    Raises:
+        UserError: if there is no model, or the place is taken.
+    """
+    model, record, _ = open_model(config.model)
+    for name in ("model.pt2", "model.onnx", "mlflow"):
+        place = storage.join(config.out, name)
+        if storage.exists(place):
+            if not config.overwrite:
+                raise UserError(f"{place} is there already; choose another --out, or replace it by --overwrite")
+            storage.remove(place)
+    for name in export(model, record, config.out):
+        print(storage.join(config.out, name))
+    print(f"{len(record.clusters)} landmarks; visible from confidence {record.visible:g}; input uint8 RGB (B, H, W, 3)")
+    path = f"PATH={Path(sys.executable).parent}:$PATH"  # MLflow starts uvicorn by its name
+    print(f"serve it: {path} mlflow models serve -m {storage.join(config.out, 'mlflow')} --env-manager local")
+
+
+@exit_on_user_error()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parses the command line and exports; a mistake gives a message on stderr and exit code 2."""
+    run(tyro.cli(Export, prog="jobs.export", description=__doc__, args=arguments))
+
+
+if __name__ == "__main__":
+    main()
