@@ -4,6 +4,7 @@ Writes DIR/predictions.json (COCO keypoints), DIR/predictions.csv, and DIR/pictu
 drawn; after jobs.name also the named points, as DIR/named.json and DIR/named.csv.
 """
 
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ from sst.prediction import Found, Rows, Unreadable, as_coco, as_csv, find_source
 from sst.progress import with_progress
 
 OUTPUTS = ("predictions.json", "predictions.csv", "named.json", "named.csv", "pictures", "named_pictures", "video.mp4")
+
+WHOLE = 0.8
+"""A model whose training boxes covered less of the stored images than this share has to be told the boxes."""
 
 
 class Predict(BaseModel):
@@ -108,6 +112,12 @@ def run(config: Predict) -> None:
         storage.remove(storage.join(config.out, name))
     names = load_names(place)
     visible = record.visible if config.visible is None else config.visible
+    if sources.whole and record.figures.get("box_share", 1.0) < WHOLE:
+        print(
+            "note: this model learnt from boxes around the objects, and these images are seen whole; unless they are "
+            "cropped to the object, give its box in each by --boxes",
+            file=sys.stderr,
+        )
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     landmarks = [f"landmark_{number}" for number in range(len(record.clusters))]
     numbers = [str(number) for number in range(len(record.clusters))]

@@ -1,21 +1,36 @@
 """Trains a landmark detector: `python -m jobs.train PRESET --shards DIR --name NAME`.
 
+PRESET `own` takes a folder of your own images instead of shards, and chooses the settings:
+`python -m jobs.train own --images DIR --landmarks 20`.
+
 The same command goes on with an unfinished run of that name, and finds a finished one done.
 `python -m jobs.train PRESET --print-config` shows all settings and does nothing else.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
+from rich.table import Table
 
+from cluster import storage
+from jobs import pack
 from sst.config import PRESETS, TrainSettings
-from sst.errors import exit_on_user_error
-from sst.pipeline import Outcome, percent, train_run
+from sst.corpora import folder
+from sst.errors import UserError, exit_on_user_error
+from sst.own import FEW_IMAGES, choose, expected_seconds, measure, reasons, this_machine, within
+from sst.pipeline import Outcome, differences, open_corpus, percent, train_run
+from sst.progress import clock
+from sst.shards import MANIFEST
 from sst.tracking import redact
+
+OWN_MAX_SKIPPED = 0.2
+"""Share of unusable files that a folder of one's own may hold."""
 
 
 class TrainCommand(BaseModel):
@@ -39,35 +54,125 @@ class TrainCommand(BaseModel):
     """The method; a preset gives the defaults."""
 
 
-def parse(arguments: Sequence[str] | None) -> TrainCommand:
+class OwnCommand(BaseModel):
+    """A folder of your own images: packs them, chooses settings, says how long it will take, trains and reports."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images: str
+    """Folder of images of one kind of object; subfolders are searched too."""
+    landmarks: Annotated[int, Field(ge=2, le=200)] = 20
+    """How many landmarks are wanted."""
+    annotations: str | None = None
+    """CSV or COCO file with boxes of the objects, where they do not fill the images; points in it are for scoring."""
+    name: Annotated[str | None, Field(pattern=r"^[\w.-]+$")] = None
+    """Name of the run; by default that of the folder."""
+    minutes: Annotated[float | None, Field(gt=0)] = None
+    """How long training may take; by default as long as the schedule takes."""
+    runs: str = "runs"
+    """Directory or URL under which runs lie."""
+    tracking: str = "sqlite:///mlflow.db"
+    """MLflow tracking URI."""
+    experiment: str = "landmarks"
+    """MLflow experiment."""
+
+
+def parse(arguments: Sequence[str] | None) -> TrainCommand | OwnCommand:
     """The command line as a checked configuration; a wrong one exits with code 2."""
     anything: str = "none" if "--print-config" in (arguments or sys.argv) else tyro.MISSING
-    presets = {
-        name: (
-            about,
-            TrainCommand.model_construct(shards=anything, name=anything, settings=settings),
-        )
-        for name, (about, settings) in PRESETS.items()
-    }
-    return tyro.extras.overridable_config_cli(presets, prog="jobs.train", description=__doc__, args=arguments)
+    presets = tyro.extras.subcommand_type_from_defaults(
+        {
+            name: TrainCommand.model_construct(shards=anything, name=anything, settings=settings)
+            for name, (_, settings) in PRESETS.items()
+        },
+        {name: about for name, (about, _) in PRESETS.items()},
+        sort_subcommands=False,
+    )
+    either: Any = Annotated[OwnCommand, tyro.conf.subcommand("own")] | presets
+    command: TrainCommand | OwnCommand = tyro.cli(
+        either,
+        prog="jobs.train",
+        description=__doc__,
+        args=arguments,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    return command
 
 
 @exit_on_user_error()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains; mistakes exit with code 2, a failed run with 1, an interrupted one with 130."""
     command = parse(arguments)
+    if isinstance(command, OwnCommand):
+        print_outcome(train_own(command), command.tracking)
+        return
     if command.print_config:
         print(command.settings.model_dump_json(indent=2))
         return
     outcome = train_run(
         command.settings,
         command.shards,
-        f"{command.runs.rstrip('/')}/{command.name}",
+        storage.join(command.runs, command.name),
         tracking=command.tracking,
         experiment=command.experiment,
         name=command.name,
     )
     print_outcome(outcome, command.tracking)
+
+
+def train_own(command: OwnCommand) -> Outcome:
+    """Packs the folder where that has not been done, settles on settings, and trains.
+
+    Raises:
+        UserError: if the images or the machine do not permit it, or a run of that name was told otherwise.
+    """
+    name = command.name or re.sub(r"[^\w.-]", "_", Path(command.images).resolve().name)
+    run_url = storage.join(command.runs, name)
+    told_url = storage.join(run_url, "own.json")
+    told = command.model_dump(include={"images", "landmarks", "annotations", "minutes"})
+    told |= {"images": str(Path(command.images).resolve())}
+    if storage.exists(told_url) and (changed := differences(storage.read_json(told_url)["told"], told)):
+        raise UserError(f"{run_url} is a run that was told otherwise ({'; '.join(changed)}); take another --name")
+    shards = storage.join(run_url, "shards")
+    if not storage.exists(storage.join(shards, MANIFEST)):
+        items = folder.items(command.images, command.annotations)
+        choose(sum(item.split == "train" for item in items), command.landmarks, this_machine())  # before any work
+        pack.run(
+            pack.Folder(
+                images=command.images,
+                annotations=command.annotations,
+                out=shards,
+                max_skipped=OWN_MAX_SKIPPED,
+                shard_samples=max(32, min(256, len(items) // 16)),  # several for every worker
+            )
+        )
+    if not storage.exists(told_url):
+        settings = own_settings(command, open_corpus(shards).manifest.samples_of("train"), run_url)
+        storage.write_json(told_url, {"told": told, "settings": settings.model_dump(mode="json")})
+    settings = TrainSettings.model_validate(storage.read_json(told_url)["settings"])
+    return train_run(settings, shards, run_url, tracking=command.tracking, experiment=command.experiment, name=name)
+
+
+def own_settings(command: OwnCommand, images: int, run_url: str) -> TrainSettings:
+    """Settles on settings, and says what was chosen, why, and what it will take."""
+    machine = this_machine()
+    settings = choose(images, command.landmarks, machine)
+    speed = measure(settings, machine)
+    if command.minutes is not None:
+        settings = within(settings, images, speed, command.minutes)
+    table = Table("setting", "chosen", "why", title=f"{images} training images")
+    for choice in reasons(settings, images, machine, command.minutes):
+        table.add_row(choice.setting, choice.value, choice.why)
+    Console().print(table)
+    if images < FEW_IMAGES:
+        print(f"note: {images} training images are few; from {FEW_IMAGES} on landmarks are more and steadier")
+    print(
+        f"about {clock(expected_seconds(settings, images, speed))} (hours:minutes:seconds, or minutes:seconds) and "
+        f"{speed.memory_gb:.1f} GB of {'GPU ' if machine.gpus else ''}memory; results will lie in {run_url}. "
+        "Stopped by Ctrl-C or by accident, the same command goes on.",
+        flush=True,
+    )
+    return settings
 
 
 def print_outcome(outcome: Outcome, tracking: str) -> None:

@@ -175,6 +175,11 @@ class Stage2Settings(Settings):
     """Confidence from which a landmark is counted when channels are compared for merging."""
     visible: Share = 0.2
     """Confidence from which a landmark counts as visible at inference."""
+    flip_share: Share = 0.0
+    """Share of the images that are mirrored, once a merging has found which landmarks are left/right pairs; for objects
+    with a plane of symmetry whose left and right the landmarks confuse."""
+    most_landmarks: Positive | None = None
+    """At most so many landmarks are kept in the model: those found again most often after a random warp."""
     augmentation: Augmentation = STRONGER
     """Random changes of each image."""
 

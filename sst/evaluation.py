@@ -182,6 +182,22 @@ def equivariance_error(moved_NK2: np.ndarray, predicted_NK2: np.ndarray, size: f
     return float(100.0 * distance.mean() / size) if len(distance) else math.nan
 
 
+def repeatability(moved_NK2: np.ndarray, predicted_NK2: np.ndarray, radius: float) -> np.ndarray:
+    """Share of the images on which a landmark is visible before and after a known warp, and at the same place.
+
+    Args:
+        moved_NK2: landmarks of the plain images, moved by the warp; NaN = not visible.
+        predicted_NK2: landmarks predicted on the warped images, in the same pixels; NaN = not visible.
+        radius: pixels within which it is the same place.
+
+    Returns:
+        float64 (K,).
+    """
+    distance = np.linalg.norm(moved_NK2.astype(np.float64) - predicted_NK2, axis=-1)
+    share: np.ndarray = (distance < radius).mean(0)  # a NaN is below nothing
+    return share
+
+
 def label_persistence(previous: Labels, current: Labels, radius: float) -> float:
     """Share of the previous labels that are found again: same image, same cluster, at most `radius` away.
 

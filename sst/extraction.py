@@ -17,6 +17,7 @@ from sst.losses import sample_descriptors
 from sst.network import DetectorDescriptor, LandmarkDetector
 from sst.shards import RawSample, ShardInfo, decode, read_shard
 from sst.suppression import decode_keypoints, decode_landmarks
+from sst.symmetry import mirror_matrix
 
 BATCH = 64
 """Images per forward pass without gradients."""
@@ -162,6 +163,10 @@ class Predictions:
     points: np.ndarray
     confidence: np.ndarray
 
+    def visible_points(self, visible: float) -> np.ndarray:
+        """The points, NaN where the confidence is below `visible`."""
+        return np.where((self.confidence >= visible)[..., None], self.points, np.nan)
+
 
 @torch.inference_mode()
 def predict_landmarks(
@@ -171,6 +176,7 @@ def predict_landmarks(
     input_size: int,
     precision: str,
     warp_seed: int | None = None,
+    mirrored: bool = False,
 ) -> Predictions:
     """Every landmark's peak on every image.
 
@@ -180,6 +186,7 @@ def predict_landmarks(
         input_size: side S of the view.
         precision: "bf16" or "float32".
         warp_seed: predict on randomly warped copies instead, and move the points back to the un-warped view.
+        mirrored: predict on mirrored images instead, and mirror the points back.
     """
     device = next(model.parameters()).device
     scale = SCORING_SIZE / input_size * STRIDE
@@ -189,6 +196,8 @@ def predict_landmarks(
         warp = torch.eye(3).expand(len(batch.keys), 3, 3).to(device)
         if warp_seed is not None:
             warp = random_affine(len(batch.keys), input_size, Augmentation(), generator).to(device)
+        if mirrored:
+            warp = mirror_matrix(input_size).to(device) @ warp
         with autocast(device, precision):
             heat = model(warp_images(batch.images, warp @ batch.to_view, input_size))
         found, confidence = decode_landmarks(heat)

@@ -68,6 +68,20 @@ def landmark_grid(images_NHW3: np.ndarray, points_NK2: np.ndarray, visible_NK: n
     return figure
 
 
+def label_grid(images: Sequence[np.ndarray], labels: Sequence[tuple[np.ndarray, np.ndarray]]) -> Figure:
+    """Labelled points on each image.
+
+    Args:
+        images: uint8 (H, W, 3) each.
+        labels: per image points (n, 2) in its pixels, and clusters (n,).
+    """
+    figure, axes = _grid(len(images), 4)
+    for axis, image, (points, cluster) in zip(axes, images, labels, strict=False):
+        _show(axis, image)
+        _draw_points(axis, points, cluster.tolist(), named=True)
+    return figure
+
+
 def cluster_gallery(crops_NHW3: np.ndarray, marks_N2: np.ndarray, title: str) -> Figure:
     """Crops around one landmark with its place marked by a cross.
 

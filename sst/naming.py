@@ -111,7 +111,8 @@ def affine_maps(points_NK2: np.ndarray, surety_NK: np.ndarray, shape_K2: np.ndar
     return maps
 
 
-def _map(maps_N32: np.ndarray, points_NX2: np.ndarray) -> np.ndarray:
+def lay_on(maps_N32: np.ndarray, points_NX2: np.ndarray) -> np.ndarray:
+    """Points of the images on the shape, by their maps."""
     return np.asarray(points_NX2 @ maps_N32[:, :2] + maps_N32[:, 2:])
 
 
@@ -121,7 +122,7 @@ def _map_back(maps_N32: np.ndarray, places_NX2: np.ndarray) -> np.ndarray:
 
 def left_over(maps_N32: np.ndarray, points_NK2: np.ndarray, surety_NK: np.ndarray, shape_K2: np.ndarray) -> np.ndarray:
     """What the maps leave between landmarks and shape, by surety: float64 (N, 2K), 0 for an unseen landmark."""
-    off = (_map(maps_N32, points_NK2) - shape_K2) * np.minimum(1.0, 2 * surety_NK)[..., None]
+    off = (lay_on(maps_N32, points_NK2) - shape_K2) * np.minimum(1.0, 2 * surety_NK)[..., None]
     return np.asarray(off.reshape(len(points_NK2), -1))
 
 
@@ -135,7 +136,7 @@ def mean_shape(points_NK2: np.ndarray, surety_NK: np.ndarray) -> np.ndarray:
 
     shape = mean(points_NK2.astype(np.float64))
     for _ in range(ALIGNMENTS):
-        shape = mean(_map(affine_maps(points_NK2, surety_NK, shape), points_NK2))
+        shape = mean(lay_on(affine_maps(points_NK2, surety_NK, shape), points_NK2))
     return shape
 
 
@@ -178,7 +179,7 @@ def learn(examples: Examples, names: list[str], model: str = "") -> NamedPoints:
     shape = mean_shape(examples.points, surety)
     maps = affine_maps(examples.points, surety, shape)
     features = left_over(maps, examples.points, surety, shape)
-    targets = _map(maps, np.where(known[..., None], examples.targets, 0.0))
+    targets = lay_on(maps, np.where(known[..., None], examples.targets, 0.0))
     ridge = best_ridge(features, targets, known)
     places, weights = zip(
         *(_regress(features, targets, known, point, ridge) for point in range(len(names))), strict=True
@@ -187,7 +188,7 @@ def learn(examples: Examples, names: list[str], model: str = "") -> NamedPoints:
         names=names,
         images=len(examples.points),
         model=model,
-        used=[bool(seen) for seen in (surety > 0).any(0)],
+        used=[bool(own.any()) for own in surety.T],
         shape=[(x, y) for x, y in shape.round(4).tolist()],
         places=[(x, y) for x, y in np.stack(places).round(4).tolist()],
         weights=np.stack(weights, 1).reshape(features.shape[1], -1).round(6).tolist(),

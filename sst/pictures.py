@@ -22,7 +22,7 @@ from sst.rounds import RunDirectory
 from sst.shards import RawSample, ShardInfo, read_shard
 
 SIDE = int(SCORING_SIZE)
-GRID_IMAGES, PAIR_IMAGES, GALLERY_CROPS = 24, 6, 64
+GRID_IMAGES, PAIR_IMAGES, GALLERY_CROPS, ROUND_IMAGES = 24, 6, 64, 8
 
 CROP = 56
 """Side of a gallery crop, in pixels of a 256 px view."""
@@ -109,6 +109,27 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     return buffer.getvalue()
+
+
+def draw_round(run: RunDirectory, corpus: Corpus, number: int, input_size: int) -> bytes:
+    """The labels of one round on a few training images, as PNG: what the next steps are trained on."""
+    record, shard = run.record(number), corpus.train[0]
+    labels, numbers = run.labels(record, shard.file), spread(shard.samples, ROUND_IMAGES)
+    views, drawn = [], []
+    for row, sample in enumerate(read_shard(f"{corpus.url}/{shard.file}", shard.sha256)):
+        if row in numbers:
+            points, cluster = labels.sample(row)
+            active = np.array(record.active)[cluster]
+            views.append(view_of(sample))
+            drawn.append((points[active] * (SIDE / input_size * STRIDE), cluster[active]))
+    return png(figures.label_grid(views, drawn))
+
+
+def all_predictions(run: RunDirectory, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
+    """Landmarks (N, K, 2) and confidences (N, K) of the test images, or of the training images where there are none."""
+    shards = corpus.manifest.shards_of("test") or corpus.train
+    arrays = [storage.load_npz(run.predictions_url(shard.file)) for shard in shards]
+    return np.concatenate([a["points"] for a in arrays]), np.concatenate([a["confidence"] for a in arrays])
 
 
 def draw_all(run: RunDirectory, corpus: Corpus, model: ModelRecord, scores: Scores | None) -> list[ReportFigure]:

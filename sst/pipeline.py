@@ -3,6 +3,7 @@
 What a worker does is in `sst.training`; here is the order of things around it, in the process that was started.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster import storage
+from sst.advice import landmark_facts, warnings_of
 from sst.config import TrainSettings
 from sst.distributed import check_local_cpus, kmeans_backend, ray_tools, start_kmeans, start_ray, train_on_workers
 from sst.errors import UserError
@@ -21,7 +23,7 @@ from sst.keypoints import generic_detector
 from sst.lock import RunLock
 from sst.metrics import MetricsFile, MetricsReader
 from sst.model import ModelRecord, load_model
-from sst.pictures import draw_all
+from sst.pictures import all_predictions, draw_all, draw_round
 from sst.progress import Show, clock
 from sst.report import ReportFigure, write_report
 from sst.round_making import Corpus
@@ -29,6 +31,8 @@ from sst.rounds import RunDirectory
 from sst.schedule import plan
 from sst.scoring import Annotated, score_run
 from sst.tracking import Tracker
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 """Time between two looks at the metrics file."""
@@ -180,6 +184,7 @@ def describe(settings: TrainSettings, corpus: Corpus, gpu: bool, kmeans: str) ->
 def showing(run: RunDirectory, settings: TrainSettings, corpus: Corpus, tracker: Tracker) -> Iterator[Show]:
     """While inside, new lines of the metrics file are shown and sent to MLflow."""
     reader, stop = MetricsReader(run.url, skip_present=True), threading.Event()
+    size = settings.network.input_size
     show = Show(plan(settings, corpus.manifest.samples_of("train")))
 
     def forward() -> None:
@@ -187,6 +192,13 @@ def showing(run: RunDirectory, settings: TrainSettings, corpus: Corpus, tracker:
             show.line(line)
             if line["kind"] in ("step", "round"):
                 tracker.log(*as_metrics(line))
+            if line["kind"] == "round":
+                try:
+                    picture = draw_round(run, corpus, line["round"], size)
+                except Exception as error:  # a picture must not end a run of days
+                    logger.warning("round %d could not be drawn: %s", line["round"], error)
+                else:
+                    tracker.log_files({f"rounds/{line['round']:04d}.png": picture})
 
     def watch() -> None:
         while not stop.wait(POLL_SECONDS):
@@ -222,14 +234,19 @@ def finish_run(run: RunDirectory, corpus: Corpus, settings: TrainSettings, track
         tracker.log({f"score/{name}": value for name, value in numbers.items()}, 0)
     tracker.log({f"model/{name}": value for name, value in model.figures.items()}, 0)
     drawn = draw_all(run, corpus, model, scores)
+    told, images = settings.stage2.most_landmarks, corpus.manifest.samples_of("train")
+    rounds = [{k: v for k, v in record.line().items() if k != "kind"} for record in run.records()]
+    facts = landmark_facts(*all_predictions(run, corpus), model.visible, run.landmarks())
     report = write_report(
         run.url,
         title=f"Landmarks of {corpus.manifest.corpus}",
         summary=summary(model, scores, corpus, seconds),
         figures=drawn,
-        rounds=[{k: v for k, v in record.line().items() if k != "kind"} for record in run.records()],
+        rounds=rounds,
         settings=settings.model_dump(mode="json"),
         notes=notes(model, scores, drawn),
+        facts=facts,
+        warnings=warnings_of(facts, rounds, told, images),
     )
     pictures = {f"figures/{figure.name}.png": figure.png for figure in drawn}
     tracker.log_files(pictures | {"report.html": storage.read_bytes(report)})

@@ -156,11 +156,13 @@ class Sources:
     Attributes:
         targets: the objects, read as they are asked for.
         total: how many there are (for a video, as many as it says of itself).
+        whole: whether no object has a box.
         frames_per_second: of a video; None for images.
     """
 
     targets: Iterable[Target]
     total: int
+    whole: bool
     frames_per_second: float | None = None
 
 
@@ -227,7 +229,7 @@ def find_sources(images: Sequence[str], boxes: str | None = None) -> Sources:
         for name, path in files.items()
         for number, box in enumerate(rows.get(name, [None]))
     ]
-    return Sources(targets, len(targets))
+    return Sources(targets, len(targets), whole=boxes is None)
 
 
 def _files(name: str, alone: bool) -> dict[str, Path]:
@@ -263,7 +265,7 @@ def _shards(url: str, boxes: str | None) -> Sources:
             for sample in read_shard(storage.join(url, shard.file), shard.sha256):
                 yield Target(f"{sample.key}.jpg", decode(sample)[0], sample.meta.box)
 
-    return Sources(targets(), sum(shard.samples for shard in manifest.shards))
+    return Sources(targets(), sum(shard.samples for shard in manifest.shards), whole=False)
 
 
 def _video(name: str) -> Sources:
@@ -286,7 +288,7 @@ def _video(name: str) -> Sources:
             number += 1
 
     total = max(1, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
-    return Sources(targets(), total, video.get(cv2.CAP_PROP_FPS) or 25.0)
+    return Sources(targets(), total, True, video.get(cv2.CAP_PROP_FPS) or 25.0)
 
 
 @dataclass(frozen=True, eq=False)

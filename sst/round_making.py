@@ -25,11 +25,13 @@ from sst.config import TrainSettings
 from sst.data import balanced, shard_batches
 from sst.evaluation import equivariance_error, label_persistence
 from sst.extraction import BATCH, Predictions, extract_descriptors, keypoint_equivariance, predict_landmarks
+from sst.geometry import SCORING_SIZE
 from sst.group import Group
 from sst.network import DetectorDescriptor, LandmarkDetector
 from sst.rounds import RoundRecord, RunDirectory
 from sst.schedule import derived_seed
 from sst.shards import Manifest, ShardInfo
+from sst.symmetry import Symmetry, find_symmetry
 
 EQUIVARIANCE_IMAGES = 64
 """Images per worker on which a round's equivariance error is measured."""
@@ -166,6 +168,12 @@ class RoundMaker:
             )
             population = np.sum([population for population, _ in counts], 0)
             active = np.array(previous.active) & (mapping == np.arange(len(mapping)))
+            partner = None
+            if two.flip_share:
+                found = shard_symmetry(model, self.corpus, self.corpus.train[0], self.settings, two.merge_confidence)
+                # An inactive channel draws nothing that could be trusted.
+                sound = active & active[found.partner] & (found.partner >= 0)
+                partner = np.where(sound, found.partner, -1).tolist()
             record = previous.model_copy(
                 update={
                     "number": number,
@@ -176,6 +184,7 @@ class RoundMaker:
                     "thresholds": None,
                     "active": active.tolist(),
                     "population": population.tolist(),
+                    "partner": partner,
                     "figures": {
                         "labels_per_image": float(population.sum() / sum(images for _, images in counts)),
                         "clusters_in_use": int(active.sum()),
@@ -256,13 +265,27 @@ def predict_shard(
     shard: ShardInfo,
     settings: TrainSettings,
     warp_seed: int | None = None,
+    mirrored: bool = False,
 ) -> Predictions:
     """Landmarks on all images of a shard; see `sst.extraction.predict_landmarks`."""
     size = settings.network.input_size
     batches = shard_batches(corpus.url, shard, size, BATCH)
     return predict_landmarks(
-        model, batches, input_size=size, precision=settings.resources.precision, warp_seed=warp_seed
+        model,
+        batches,
+        input_size=size,
+        precision=settings.resources.precision,
+        warp_seed=warp_seed,
+        mirrored=mirrored,
     )
+
+
+def shard_symmetry(
+    model: LandmarkDetector, corpus: Corpus, shard: ShardInfo, settings: TrainSettings, visible: float
+) -> Symmetry:
+    """Left/right pairs as the images of one shard show them."""
+    plain, mirrored = (predict_shard(model, corpus, shard, settings, mirrored=flag) for flag in (False, True))
+    return find_symmetry(plain.visible_points(visible), mirrored.visible_points(visible), SCORING_SIZE)
 
 
 def merge_shard(

@@ -5,6 +5,7 @@ RUN/rounds/0003/record.json      written last: a round without it does not exist
 RUN/rounds/0003/{descriptors,labels}/shard-00000.npz, centroids.npz
 RUN/checkpoints/0000012000/      see sst.checkpoint
 RUN/model/, RUN/predictions/     the result
+RUN/landmarks.json               how steady each landmark is, and left/right pairs
 RUN/metrics.jsonl, RUN/report.html, RUN/figures/
 """
 
@@ -33,6 +34,7 @@ class RoundRecord(BaseModel):
         thresholds: per-cluster distance thresholds, applied when labels are read; None: all labels count.
         active: clusters that may become landmarks.
         population: labels per cluster over the training images.
+        partner: of every cluster in mirrored images, see `sst.symmetry.Symmetry`; None if it was not sought.
         figures: the round's numbers, as shown in the report.
         seconds: time by phase.
     """
@@ -49,6 +51,7 @@ class RoundRecord(BaseModel):
     thresholds: list[float] | None
     active: list[bool]
     population: list[int]
+    partner: list[int] | None = None
     figures: dict[str, float]
     seconds: dict[str, float]
 
@@ -56,6 +59,24 @@ class RoundRecord(BaseModel):
         """The round as one line of figures."""
         seconds = {f"{name}_seconds": round(value, 1) for name, value in self.seconds.items()}
         return {"kind": "round", "round": self.number, "made_by": self.kind} | self.figures | seconds
+
+
+class LandmarkRecord(BaseModel):
+    """What is known of each landmark of a finished model without annotations, from the images of one shard.
+
+    Attributes:
+        images: their number.
+        repeatability: (K,), see `sst.evaluation.repeatability`.
+        partner: (K,), see `sst.symmetry.Symmetry`.
+        swap_share: (K,), likewise.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images: int
+    repeatability: list[float]
+    partner: list[int]
+    swap_share: list[float]
 
 
 @dataclass(frozen=True)
@@ -109,6 +130,11 @@ class RunDirectory:
     def model_url(self) -> str:
         """Directory of the trained landmark model."""
         return storage.join(self.url, "model")
+
+    def landmarks(self) -> LandmarkRecord | None:
+        """What is known of each landmark; None for a run of a version that did not note it."""
+        url = storage.join(self.url, "landmarks.json")
+        return LandmarkRecord.model_validate(storage.read_json(url)) if storage.exists(url) else None
 
     def predictions_url(self, shard: str) -> str:
         """Where the final predictions on an image shard lie."""

@@ -104,6 +104,15 @@ class RawSample:
     jpeg: bytes
     meta: SampleMeta
 
+    @property
+    def box_share(self) -> float:
+        """Share of the stored image that the box covers."""
+        import simplejpeg
+
+        height, width = simplejpeg.decode_jpeg_header(self.jpeg)[:2]
+        x0, y0, x1, y1 = self.meta.box
+        return float((x1 - x0) * (y1 - y0) / (height * width))
+
 
 class Manifest(BaseModel):
     """The record of a corpus.

@@ -21,7 +21,7 @@ from sst.augment import augment
 from sst.checkpoint import latest_checkpoint, restore_optimizer, write_checkpoint
 from sst.config import TrainSettings
 from sst.data import Batch, balanced, batches, training_examples
-from sst.evaluation import equivariance_error
+from sst.evaluation import equivariance_error, repeatability
 from sst.extraction import Predictions, autocast
 from sst.geometry import SCORING_SIZE
 from sst.group import Group
@@ -29,10 +29,11 @@ from sst.interrupt import Stopped
 from sst.losses import descriptor_loss, detector_loss, landmark_loss, sample_descriptors
 from sst.model import keep_landmarks, save_model
 from sst.network import DetectorDescriptor, LandmarkDetector
-from sst.round_making import Corpus, RoundMaker, Tools, predict_shard
-from sst.rounds import RoundRecord, RunDirectory
+from sst.round_making import Corpus, RoundMaker, Tools, predict_shard, shard_symmetry
+from sst.rounds import LandmarkRecord, RoundRecord, RunDirectory
 from sst.schedule import Phase, derived_seed, learning_rate, plan
-from sst.shards import ShardInfo
+from sst.shards import ShardInfo, read_shard
+from sst.symmetry import mirror_some
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,12 @@ def stage1_losses(
 
 
 def stage2_losses(
-    model: nn.Module, batch: Batch, active_K: Tensor, settings: TrainSettings, generator: torch.Generator
+    model: nn.Module,
+    batch: Batch,
+    active_K: Tensor,
+    settings: TrainSettings,
+    generator: torch.Generator,
+    partner_K: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Loss of one step of stage 2 (paper, section 3.3).
 
@@ -97,13 +103,17 @@ def stage2_losses(
         active_K: bool, clusters that are trained.
         settings: of the run.
         generator: source of randomness on the batch's device.
+        partner_K: partner of every cluster in mirrored images; some images are then mirrored (beyond the paper).
     """
-    size = settings.network.input_size
+    size, to_view, points, cluster = settings.network.input_size, batch.to_view, batch.points, batch.cluster
+    if partner_K is not None:
+        chosen = torch.rand(len(batch.keys), generator=generator, device=points.device) < settings.stage2.flip_share
+        to_view, points, cluster = mirror_some(to_view, points, cluster, chosen, partner_K, size)
     views, points, cluster = augment(
         batch.images,
-        batch.to_view,
-        batch.points,
-        batch.cluster,
+        to_view,
+        points,
+        cluster,
         size,
         settings.stage2.augmentation,
         generator,
@@ -162,6 +172,7 @@ class Trainer:
         """Writes the landmark model and its predictions on every image of the corpus."""
         active = self.run.record(self.phases[-1].round).active
         channels = [channel for channel, is_active in enumerate(active) if is_active]
+        channels = self._best(model, channels)
         model = keep_landmarks(model, channels)
         shards = balanced(self.corpus.manifest.shards, self.group.world)[self.group.rank]
         figures: dict[str, float] = {}
@@ -174,6 +185,7 @@ class Trainer:
             self.tools.log({"kind": "shards", "what": "predict", "done": done, "total": len(shards)})
         self.group.wait()
         if self.group.rank == 0:
+            self._write_landmarks(model)
             save_model(
                 self.run.model_url,
                 model,
@@ -184,19 +196,57 @@ class Trainer:
             )
         self.group.wait()
 
-    def _landmark_figures(self, model: LandmarkDetector, shard: ShardInfo, predicted: Predictions) -> dict[str, float]:
-        """How steady the landmarks of one shard are, without annotations: visibility and equivariance."""
+    def _best(self, model: LandmarkDetector, channels: list[int]) -> list[int]:
+        """The channels to keep; all, unless `stage2.most_landmarks` bounds them."""
+        most = self.settings.stage2.most_landmarks
+        if most is None or len(channels) <= most:
+            return channels
+        kept: list[int] = []
+        if self.group.rank == 0:
+            shard = self.corpus.train[0]
+            model = keep_landmarks(model, channels)
+            share = repeatability(*self._warped_twice(model, shard), self.settings.stage2.merge_radius)
+            kept = sorted(channels[number] for number in np.argsort(-share, kind="stable")[:most])
+        return list(self.group.gather(kept)[0])
+
+    def _warped_twice(
+        self, model: LandmarkDetector, shard: ShardInfo, predicted: Predictions | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Visible landmarks of a shard's images, and of warped copies moved back; (N, K, 2), NaN = not visible."""
+        plain = predicted or predict_shard(model, self.corpus, shard, self.settings)
         again = predict_shard(model, self.corpus, shard, self.settings, warp_seed=self.settings.seed)
         visible = self.settings.stage2.visible
-        points = [np.where((p.confidence >= visible)[..., None], p.points, np.nan) for p in (predicted, again)]
-        error = equivariance_error(points[0], points[1], SCORING_SIZE)
-        share = float((predicted.confidence >= visible).mean()) if predicted.confidence.size else 0.0
-        return {"visible_share": share} | ({"equivariance_error": error} if np.isfinite(error) else {})
+        return plain.visible_points(visible), again.visible_points(visible)
+
+    def _write_landmarks(self, model: LandmarkDetector) -> None:
+        """Writes landmarks.json: of each landmark its repeatability and its partner in mirrored images."""
+        shard, visible = self.corpus.manifest.shards[-1], self.settings.stage2.visible
+        again = repeatability(*self._warped_twice(model, shard), self.settings.stage2.merge_radius)
+        symmetry = shard_symmetry(model, self.corpus, shard, self.settings, visible)
+        record = LandmarkRecord(
+            images=shard.samples,
+            repeatability=again.tolist(),
+            partner=symmetry.partner.tolist(),
+            swap_share=symmetry.swap_share.tolist(),
+        )
+        storage.write_json(storage.join(self.run.url, "landmarks.json"), record.model_dump())
+
+    def _landmark_figures(self, model: LandmarkDetector, shard: ShardInfo, predicted: Predictions) -> dict[str, float]:
+        """What one shard tells without annotations: visibility, what of its images the boxes cover, equivariance."""
+        first, second = self._warped_twice(model, shard, predicted)
+        error = equivariance_error(first, second, SCORING_SIZE)
+        boxes = [sample.box_share for sample in read_shard(f"{self.corpus.url}/{shard.file}", shard.sha256)]
+        figures = {
+            "visible_share": float(np.isfinite(first[..., 0]).mean()) if first.size else 0.0,
+            "box_share": float(np.mean(boxes)),
+        }
+        return figures | ({"equivariance_error": error} if np.isfinite(error) else {})
 
     def _train(self, index: int, done: int, record: RoundRecord) -> None:
         """Steps of one phase, from step `done` of it on."""
         phase = self.phases[index]
         active = torch.tensor(record.active, device=self.group.device)
+        partner = None if record.partner is None else torch.tensor(record.partner, device=self.group.device)
         generator = torch.Generator(self.group.device)
         wrapped = self.group.wrap(self.model.train())
         figures = Figures(self.group, phase, self._batch_size(phase))
@@ -210,7 +260,7 @@ class Trainer:
             if phase.stage == 1:
                 losses = stage1_losses(wrapped, batch, self.settings, generator)
             else:
-                losses = stage2_losses(wrapped, batch, active, self.settings, generator)
+                losses = stage2_losses(wrapped, batch, active, self.settings, generator, partner)
             self.optimizer.zero_grad()
             losses["loss"].backward()
             # DDP has averaged the gradients, so this norm, and what follows from it, is the same on all ranks.

@@ -208,3 +208,13 @@ def test_marks_are_drawn_at_the_visible_landmarks_and_nowhere_else():
     changed = np.argwhere((drawn != image).any(-1))
     assert tuple(drawn[20, 30]) == (0xE6, 0x9F, 0x00)
     assert np.abs(changed - [20, 30]).max() <= 4 and (image == 40).all()
+
+
+def test_a_model_that_learnt_from_boxes_asks_for_them(images, tmp_path, capsys):
+    detector = LandmarkDetector(NETWORK.shape, LANDMARKS)
+    fields = {"network": NETWORK, "clusters": list(range(LANDMARKS)), "visible": 0.0, "figures": {"box_share": 0.3}}
+    save_model(str(tmp_path / "model"), detector, **fields)
+    (tmp_path / "boxes.csv").write_text("file,box_x0,box_y0,box_x1,box_y1\n0.png,1,1,60,60\n")
+    for more, asks in (([], True), (["--boxes", str(tmp_path / "boxes.csv"), "--overwrite"], False)):
+        job.main([str(tmp_path / "model"), str(images), "--out", str(tmp_path / "out"), *more])
+        assert ("give its box in each by --boxes" in capsys.readouterr().err) == asks

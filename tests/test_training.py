@@ -6,8 +6,10 @@ import torch
 
 from sst.checkpoint import latest_checkpoint
 from sst.config import PRESETS, Stage1Settings, Stage2Settings, TrainSettings
+from sst.evaluation import repeatability
 from sst.interrupt import Stopped
-from sst.model import load_model
+from sst.model import keep_landmarks, load_model
+from sst.network import LandmarkDetector
 from sst.rounds import RunDirectory
 from sst.schedule import derived_seed, learning_rate, plan
 from sst.training import stage1_losses, stage2_losses
@@ -233,3 +235,23 @@ def test_settings_that_contradict_each_other_are_refused():
         TrainSettings(stage1=Stage1Settings(warmup_iterations=0))
     with pytest.raises(ValueError, match="roundz"):
         Stage1Settings(roundz=3)
+
+
+def test_only_the_steadiest_landmarks_are_kept_and_mirrored_images_are_trained_on(corpus, tmp_path):
+    two = SETTINGS.stage2.model_copy(update={"most_landmarks": 2, "flip_share": 0.5, "visible": 0.0})
+    settings = SETTINGS.model_copy(update={"stage2": two})
+    trainer = train_locally(corpus, str(tmp_path), local_tools([]), settings)
+    run = RunDirectory(str(tmp_path))
+    model, record = load_model(run.model_url)
+    assert isinstance(trainer.model, LandmarkDetector)
+    channels = [k for k, active in enumerate(run.records()[-1].active) if active]
+    first, second = trainer._warped_twice(keep_landmarks(trainer.model, channels), trainer.corpus.train[0])
+    share = dict(zip(channels, repeatability(first, second, two.merge_radius), strict=True))
+    assert len(channels) > 2 and len(record.clusters) == 2
+    assert min(share[k] for k in record.clusters) >= max(share[k] for k in channels if k not in record.clusters)
+    landmarks = run.landmarks()
+    assert landmarks is not None and len(landmarks.repeatability) == len(landmarks.partner) == 2
+    partners = [own.partner for own in run.records()]
+    assert partners[0] is None and all(own is not None for own in partners[-2:])
+    for own, round_ in zip(partners[-2:], run.records()[-2:], strict=True):
+        assert all(j == -1 or (own[j] == k and round_.active[k] and round_.active[j]) for k, j in enumerate(own))
