@@ -17,9 +17,14 @@ from sst.rounds import LandmarkRecord
 RARE = 0.3
 """Share of the images below which a landmark is rarely seen."""
 
-LOOSE = 0.04
+STIFFNESS = 1.0
+"""As of `sst.naming.affine_maps`; lower, since what the map follows is no looseness."""
+
+LOOSE = 0.03
 """Share of the view: a landmark whose median distance from its place on the mean shape is larger does not move with the
-others. On faces, landmarks on eyes, nose and mouth have 0.014 to 0.025, those sliding along outlines 0.045 to 0.08."""
+others. On faces, landmarks on eyes, nose and mouth have 0.006 to 0.017, those sliding along outlines 0.056 to 0.09."""
+
+REWEIGHTINGS = 6
 
 SWAPS = 0.05
 """Share of the images in which a pair takes left for right."""
@@ -76,10 +81,13 @@ def landmark_facts(
     landmarks = points_NK2.shape[1]
     seen = confidence_NK >= visible
     surety = np.where(seen, confidence_NK, 0.0).astype(np.float64)
-    shape = mean_shape(points_NK2, surety)
-    placed = lay_on(affine_maps(points_NK2, surety, shape), points_NK2)
-    off = np.linalg.norm(placed - shape, axis=-1) / SCORING_SIZE
-    looseness = np.array([np.median(off[seen[:, k], k]) if seen[:, k].any() else np.nan for k in range(landmarks)])
+    weight = np.ones(landmarks)
+    for _ in range(REWEIGHTINGS):  # loose landmarks should not draw the map along
+        shape = mean_shape(points_NK2, surety * weight, STIFFNESS)
+        placed = lay_on(affine_maps(points_NK2, surety * weight, shape, STIFFNESS), points_NK2)
+        off = np.linalg.norm(placed - shape, axis=-1) / SCORING_SIZE
+        looseness = np.array([np.median(off[seen[:, k], k]) if seen[:, k].any() else np.nan for k in range(landmarks)])
+        weight = 1 / (1 + (np.nan_to_num(looseness) / LOOSE) ** 4)
     steady = (seen.mean(0) > RARE) & (looseness < LOOSE)
     outside = np.zeros(landmarks)
     for k in np.flatnonzero(seen.any(0)).tolist():
@@ -166,14 +174,15 @@ def warnings_of(
                 "Labels had not settled: more rounds (stage1.rounds) or longer ones should help.",
             )
         )
-    for k in np.flatnonzero((facts.looseness > LOOSE) & (facts.visible > 0)).tolist():
+    if loose := np.flatnonzero((facts.looseness > LOOSE) & (facts.visible > 0)).tolist():
+        outside = 100 * facts.outside[loose].mean()
         found.append(
             Warned(
-                f"Landmark {k} does not move with the others ({100 * facts.looseness[k]:.1f} % of the view off its "
-                f"place), and lies outside the steady landmarks in {100 * facts.outside[k]:.0f} % of the images.",
-                "It lies in the background or slides along an outline. Tighter boxes, more varied images or a higher "
-                "stage2.visible leave such points out; don't measure with it.",
-                (k,),
+                f"{_each(loose, facts.looseness)} of the view off their typical place: they do not move with the "
+                f"others, and lie outside the steady landmarks in {outside:.0f} % of the images.",
+                "They lie in the background or slide along an outline. Tighter boxes, more varied images or a higher "
+                "stage2.visible leave such points out; don't measure with them.",
+                tuple(loose),
             )
         )
     for k, j in ((k, int(j)) for k, j in enumerate(facts.partner) if j > k):
@@ -194,20 +203,21 @@ def warnings_of(
                 (k, j),
             )
         )
-    for k in np.flatnonzero((facts.visible > 0) & (facts.repeats < REPEATS)).tolist():
+    if unsure := np.flatnonzero((facts.visible > 0) & (facts.repeats < REPEATS)).tolist():
         found.append(
             Warned(
-                f"Landmark {k} is found again in only {100 * facts.repeats[k]:.0f} % of warped images.",
-                "It is unsure; a longer stage 2 may settle it.",
-                (k,),
+                f"{_each(unsure, facts.repeats)} of warped images only: found again so often at the same place.",
+                "They are unsure; a longer stage 2 may settle them.",
+                tuple(unsure),
             )
         )
-    for k in np.flatnonzero(facts.visible < RARE).tolist():
+    if rare := np.flatnonzero(facts.visible < RARE).tolist():
         found.append(
             Warned(
-                f"Landmark {k} is visible on {100 * facts.visible[k]:.0f} % of the images.",
-                "Either its part is often hidden, or the network has learnt it poorly; ask for fewer landmarks.",
-                (k,),
+                f"{_each(rare, facts.visible)} of the images only: visible so seldom.",
+                "Either their part is often hidden, or the network has learnt it poorly: a longer stage 2 may bring "
+                "them; fewer clusters would do without them.",
+                tuple(rare),
             )
         )
     if images < 300:
@@ -218,3 +228,9 @@ def warnings_of(
             )
         )
     return found
+
+
+def _each(landmarks: Sequence[int], shares: np.ndarray) -> str:
+    """Landmarks with a share each, as the beginning of a sentence that goes on with what it is a share of."""
+    listed = ", ".join(f"{k}: {100 * shares[k]:.1f} %" for k in landmarks)
+    return f"Landmark{'s' if len(landmarks) > 1 else ''} {listed}"

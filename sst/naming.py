@@ -90,7 +90,9 @@ def sureties(confidence_NK: np.ndarray) -> np.ndarray:
     return np.where(confidence_NK >= FAINT, confidence_NK, 0.0).astype(np.float64)
 
 
-def affine_maps(points_NK2: np.ndarray, surety_NK: np.ndarray, shape_K2: np.ndarray) -> np.ndarray:
+def affine_maps(
+    points_NK2: np.ndarray, surety_NK: np.ndarray, shape_K2: np.ndarray, stiffness: float = STIFFNESS
+) -> np.ndarray:
     """The affine map of each image that lays its landmarks onto the shape best (weighted least squares).
 
     The linear part is drawn towards the identity, so that it is defined for any number of visible landmarks.
@@ -104,7 +106,7 @@ def affine_maps(points_NK2: np.ndarray, surety_NK: np.ndarray, shape_K2: np.ndar
         centre = surety @ points / total if surety.any() else np.full(2, VIEW / 2)
         target = surety @ shape_K2 / total if surety.any() else centre
         own, aim = points - centre, shape_K2 - target
-        spread = STIFFNESS * (VIEW / 8) ** 2
+        spread = stiffness * (VIEW / 8) ** 2
         gram = own.T @ (surety[:, None] * own) + spread * np.eye(2)
         linear = np.linalg.solve(gram, own.T @ (surety[:, None] * aim) + spread * np.eye(2))
         maps[number] = np.vstack([linear, target - centre @ linear])
@@ -126,7 +128,7 @@ def left_over(maps_N32: np.ndarray, points_NK2: np.ndarray, surety_NK: np.ndarra
     return np.asarray(off.reshape(len(points_NK2), -1))
 
 
-def mean_shape(points_NK2: np.ndarray, surety_NK: np.ndarray) -> np.ndarray:
+def mean_shape(points_NK2: np.ndarray, surety_NK: np.ndarray, stiffness: float = STIFFNESS) -> np.ndarray:
     """Mean place of every landmark after all images are laid onto each other; (K, 2)."""
     total = surety_NK.sum(0)
 
@@ -136,7 +138,7 @@ def mean_shape(points_NK2: np.ndarray, surety_NK: np.ndarray) -> np.ndarray:
 
     shape = mean(points_NK2.astype(np.float64))
     for _ in range(ALIGNMENTS):
-        shape = mean(lay_on(affine_maps(points_NK2, surety_NK, shape), points_NK2))
+        shape = mean(lay_on(affine_maps(points_NK2, surety_NK, shape, stiffness), points_NK2))
     return shape
 
 

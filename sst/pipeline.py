@@ -6,7 +6,7 @@ What a worker does is in `sst.training`; here is the order of things around it, 
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ from sst.metrics import MetricsFile, MetricsReader
 from sst.model import ModelRecord, load_model
 from sst.pictures import all_predictions, draw_all, draw_round
 from sst.progress import Show, clock
-from sst.report import ReportFigure, write_report
+from sst.report import write_report
 from sst.round_making import Corpus
 from sst.rounds import RunDirectory
 from sst.schedule import plan
@@ -244,7 +244,7 @@ def finish_run(run: RunDirectory, corpus: Corpus, settings: TrainSettings, track
         figures=drawn,
         rounds=rounds,
         settings=settings.model_dump(mode="json"),
-        notes=notes(model, scores, drawn),
+        notes=notes(scores),
         facts=facts,
         warnings=warnings_of(facts, rounds, told, images),
     )
@@ -272,18 +272,11 @@ def percent(value: float) -> str:
     return f"{100 * value:.2f} %" if value == value else "-"
 
 
-def notes(model: ModelRecord, scores: Scores | None, drawn: Sequence[ReportFigure]) -> list[str]:
+def notes(scores: Scores | None) -> list[str]:
     """What a reader must know beside the figures."""
     said = []
     if scores is None:
         said.append("The corpus has no annotations, so errors could not be computed; look at the pictures.")
     elif scores.landmarks_kept == 0:
         said.append("No landmark is visible in more than 80 % of the images, so none could be scored.")
-    shown = {figure.name for figure in drawn}
-    unseen = [str(k) for k in range(len(model.clusters)) if f"landmark_{k:02d}" not in shown]
-    if unseen:
-        said.append(
-            f"Landmarks {', '.join(unseen)} are visible on no image shown: their channels never became confident. More "
-            "steps of stage 2 may bring them; fewer clusters would do without them."
-        )
     return said

@@ -94,7 +94,7 @@ MEANINGS = {
     "cluster.",
     "inertia": "Mean squared distance of descriptors to their cluster's centroid.",
     "off its typical place": "All landmarks of an image are laid onto their mean shape by an affine map; what is left "
-    "for this one, in the median. Landmarks on firm parts have 1 to 3 %; on outlines and in the background more.",
+    "for this one, in the median. Landmarks on firm parts have 1 to 2 %; on outlines and in the background more.",
     "left/right partner": "The landmark that takes this one's place in the mirrored image.",
 }
 """Each figure of the page in a sentence."""
@@ -113,9 +113,9 @@ def write_report(
     figures: Sequence[ReportFigure],
     rounds: Sequence[Mapping[str, Any]],
     settings: Mapping[str, Any],
+    facts: LandmarkFacts,
+    warnings: Sequence[Warned],
     notes: Sequence[str] = (),
-    facts: LandmarkFacts | None = None,
-    warnings: Sequence[Warned] = (),
 ) -> str:
     """Writes RUN/figures/*.png and RUN/report.html.
 
@@ -126,9 +126,9 @@ def write_report(
         figures: pictures in their order.
         rounds: a row of figures per round; rows may lack some.
         settings: shown as JSON.
-        notes: sentences shown under the summary.
         facts: of the landmarks whose galleries are among the pictures.
         warnings: what to look at.
+        notes: sentences shown under the summary.
 
     Returns:
         URL of the page.
@@ -146,8 +146,9 @@ def write_report(
         settings=json.dumps(settings, indent=1),
         notes=notes,
         warnings=warnings,
+        drawn={figure.name for figure in figures},
         meanings=MEANINGS,
-        cards={} if facts is None else cards_of(facts, warnings),
+        cards=cards_of(facts, warnings),
     )
     url = storage.join(run_url, "report.html")
     storage.write_bytes(url, page.encode())

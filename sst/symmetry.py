@@ -73,7 +73,9 @@ def find_symmetry(plain_NK2: np.ndarray, mirrored_NK2: np.ndarray, size: float) 
             seen = both[:, k, k] | both[:, k, j]
             to_itself = np.where(both[:, k, k], distance[:, k, k], np.inf)
             to_partner = np.where(both[:, k, j], distance[:, k, j], np.inf)
-            swapped = (to_itself < to_partner) & (to_itself < CLOSE * size)
+            # Partners that lie side by side at the plane of symmetry can't be told apart by distances.
+            apart = np.linalg.norm(plain_NK2[:, k] - plain_NK2[:, j], axis=-1) > CLOSE * size
+            swapped = apart & (to_itself < to_partner) & (to_itself < CLOSE * size)
             swap[k] = swapped[seen].mean() if seen.any() else 0.0
     return Symmetry(partner, swap)
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from sst import figures
+from sst.advice import Warned, landmark_facts
 from sst.metrics import MetricsFile, MetricsReader
 from sst.pictures import png
 from sst.progress import TimeLeft, clock, round_line, step_line
@@ -74,12 +75,14 @@ def test_the_report_needs_nothing_else_and_escapes_what_it_is_given(tmp_path):
         figures=[picture, ReportFigure("landmark_00", "gallery", picture.png)],
         rounds=[{"round": 0, "x": 1.23456789}, {"round": 1}],
         settings={"seed": 0},
+        facts=landmark_facts(POINTS[:, :1], np.ones((3, 1)), 0.4, None),
+        warnings=[Warned("a <warning>", "advice", (0,))],
         notes=["a note"],
     )
     page = (tmp_path / "report.html").read_text()
-    assert "<script>" not in page and "&lt;script&gt;" in page
+    assert "<script>alert" not in page and "a <warning>" not in page and "&lt;script&gt;" in page
     assert page.count("data:image/webp;base64,") == 2
-    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert "1.235" in page and "a note" in page
     assert (tmp_path / "figures" / "landmarks.png").read_bytes() == picture.png
 
