@@ -22,7 +22,7 @@ Rate = Annotated[float, Field(gt=0.0)]
 class Settings(BaseModel):
     """Base of all settings: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class NetworkSettings(Settings):

@@ -7,9 +7,11 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic import ValidationError
 
 from cluster import storage
 from sst.advice import landmark_facts, warnings_of
@@ -75,8 +77,11 @@ def claim(run: RunDirectory, settings: TrainSettings, corpus: Corpus) -> bool:
     url = storage.join(run.url, "settings.json")
     told = {"settings": settings.model_dump(mode="json"), "manifest": corpus.manifest_hash, "shards": corpus.url}
     if storage.exists(url):
+        before = storage.read_json(url)
+        with suppress(ValidationError):  # a setting that an earlier version did not know has its default
+            before["settings"] = TrainSettings.model_validate(before["settings"]).model_dump(mode="json")
         # The same corpus may have moved: its manifest tells.
-        changed = differences(storage.read_json(url) | {"shards": corpus.url}, told)
+        changed = differences(before | {"shards": corpus.url}, told)
         if changed:
             raise UserError(
                 f"{run.url} is a run with other settings or data ({'; '.join(changed)}); take another --name, or "

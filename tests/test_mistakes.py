@@ -51,6 +51,16 @@ def test_a_run_of_that_name_with_other_settings_is_refused_with_the_differences(
     assert "stage1.rounds: 4 -> 3" in text and "take another --name" in text
 
 
+def test_a_run_of_an_earlier_version_without_a_setting_goes_on(tmp_path):
+    write_toy(str(tmp_path / "shards"), train=16, test=4)
+    corpus, run, settings = open_corpus(str(tmp_path / "shards")), RunDirectory(str(tmp_path)), PRESETS["toy-cpu"][1]
+    claim(run, settings, corpus)
+    told = json.loads((tmp_path / "settings.json").read_text())
+    del told["settings"]["stage2"]["flip_share"]
+    (tmp_path / "settings.json").write_text(json.dumps(told))
+    assert claim(run, settings, corpus) is False
+
+
 CSV = "file,box_x0,box_y0,box_x1,box_y1,x0,y0\n"
 
 
