@@ -20,10 +20,11 @@ from rich.table import Table
 
 from cluster import storage
 from jobs import pack
+from sst.advice import FEW_IMAGES
 from sst.config import PRESETS, TrainSettings
 from sst.corpora import folder
 from sst.errors import UserError, exit_on_user_error
-from sst.own import FEW_IMAGES, choose, expected_seconds, measure, reasons, this_machine, within
+from sst.own import choose, expected_seconds, measure, reasons, this_machine, within
 from sst.pipeline import Outcome, differences, open_corpus, percent, train_run
 from sst.progress import clock
 from sst.shards import MANIFEST

@@ -40,6 +40,10 @@ TWIN_SHARE = 0.5
 TWIN_RADIUS = 5.7
 
 LOW_PERSISTENCE = 0.5
+"""Share of the labels that outlive the last round of stage 1."""
+
+FEW_IMAGES = 250
+"""Training images below which results are poor."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,27 +184,32 @@ def warnings_of(
             Warned(
                 f"{_each(loose, facts.looseness)} of the view off their typical place: they do not move with the "
                 f"others, and lie outside the steady landmarks in {outside:.0f} % of the images.",
-                "They lie in the background or slide along an outline. Tighter boxes, more varied images or a higher "
-                "stage2.visible leave such points out; don't measure with them.",
+                "They sit on a limb that moves by itself, slide along an outline, or lie in the background. Against the last "
+                "two help tighter boxes, more varied images or a higher stage2.visible; don't measure with them.",
                 tuple(loose),
             )
         )
-    for k, j in ((k, int(j)) for k, j in enumerate(facts.partner) if j > k):
-        share = max(facts.swaps[k], facts.swaps[j])
-        if share > SWAPS:
-            found.append(
-                Warned(
-                    f"Landmarks {k} and {j} are a left/right pair that swaps in {100 * share:.0f} % of the images.",
-                    "Train with mirrored images: stage2.flip_share 0.5.",
-                    (k, j),
-                )
-            )
-    for k, j in facts.twins:
+    swaps = {
+        (k, int(j)): max(facts.swaps[k], facts.swaps[j])
+        for k, j in enumerate(facts.partner)
+        if j > k and max(facts.swaps[k], facts.swaps[j]) > SWAPS
+    }
+    if swaps:
+        listed = ", ".join(f"{k} and {j} ({100 * share:.0f} % of the images)" for (k, j), share in swaps.items())
         found.append(
             Warned(
-                f"Landmarks {k} and {j} name the same place in most images.",
+                f"Left/right pairs that swap: {listed}.",
+                "Train with mirrored images: stage2.flip_share 0.5.",
+                tuple(k for pair in swaps for k in pair),
+            )
+        )
+    if facts.twins:
+        listed = ", ".join(f"{k} and {j}" for k, j in facts.twins)
+        found.append(
+            Warned(
+                f"Landmarks that name the same place in most images: {listed}.",
                 "Merge sooner or more often: lower stage2.merge_share, or larger stage2.merge_radius.",
-                (k, j),
+                tuple(dict.fromkeys(k for pair in facts.twins for k in pair)),
             )
         )
     if unsure := np.flatnonzero((facts.visible > 0) & (facts.repeats < REPEATS)).tolist():
@@ -220,7 +229,7 @@ def warnings_of(
                 tuple(rare),
             )
         )
-    if images < 300:
+    if images < FEW_IMAGES:
         found.append(
             Warned(
                 f"{images} training images are few.",

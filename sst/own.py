@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from sst.advice import FEW_IMAGES
 from sst.config import PRESETS, TrainSettings
 from sst.data import Batch
 from sst.distributed import usable_cpus
@@ -18,8 +19,8 @@ from sst.network import DetectorDescriptor, LandmarkDetector
 from sst.schedule import plan
 from sst.training import stage1_losses, stage2_losses
 
-LEAST_IMAGES, FEW_IMAGES = 60, 300
-"""Below the first there is nothing to cluster; below the second results are poor."""
+LEAST_IMAGES = 60
+"""Training images below which there is nothing to cluster."""
 
 CLUSTERS_PER_LANDMARK = 1.5
 """Clusters to begin with: some stay too small, and some name the same place and are merged."""

@@ -1,0 +1,186 @@
+"""Every command in README and docs is run, in its order, on a tiny corpus with small settings and without Ray."""
+
+import importlib
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from cluster import storage
+from docs import reference
+from jobs import demo, train
+from sst import own
+from sst.pipeline import claim, finish_run, open_corpus
+from sst.rounds import RunDirectory
+from sst.toy import draw
+from tests.small import SETTINGS, local_tools, train_locally
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+
+def commands(page: str) -> list[str]:
+    """Commands of the page's code blocks, and those in its sentences, in their order."""
+    found = []
+    blocks = re.finditer(
+        r"```(\w*)\n(.*?)```|`((?:(?:\.venv/bin/)?python -m|ray job) [^`]*)`", (ROOT / page).read_text(), re.DOTALL
+    )
+    for language, block, inline in (match.groups(default="") for match in blocks):
+        lines = "" if language else f"{block}{inline}".replace("\\\n", " ")
+        found += [line.split("  #")[0].strip() for line in lines.splitlines() if is_command(line)]
+    return found
+
+
+def is_command(line: str) -> bool:
+    return re.match(r"(\.venv/bin/|python -m |make |ray |PATH=)", line) is not None
+
+
+class Untracked:
+    """Stands where MLflow would be."""
+
+    def log(self, *_: object) -> None: ...
+
+    def log_files(self, *_: object) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One small trained run, which later runs copy where their corpus is the same size."""
+    return {"folder": tmp_path_factory.mktemp("finished")}
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch, finished):
+    """The files that the pages speak of, and training that takes seconds."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "MY_IMAGES").mkdir()
+    for number in range(72):
+        Image.fromarray(draw(1, number, 96).image).save(tmp_path / "MY_IMAGES" / f"{number}.jpg")
+    shutil.copytree(tmp_path / "MY_IMAGES", tmp_path / "FACES" / "images")
+    points = ",".join(f"{axis}{n}" for n in range(68) for axis in "xy")
+    rows = [f"{number}.jpg," + ",".join(f"{v:.1f}" for v in rng.uniform(5, 90, 136)) for number in range(72)]
+    (tmp_path / "FACES" / "annotations.csv").write_text("\n".join([f"file,{points}", *rows]))
+    boxes = "".join(f"{number}.jpg,10,10,80,80\n" for number in range(72))
+    (tmp_path / "BOXES.csv").write_text("file,box_x0,box_y0,box_x1,box_y1\n" + boxes)
+    (tmp_path / "FEW").mkdir()
+    shutil.copy(tmp_path / "MY_IMAGES" / "0.jpg", tmp_path / "FEW")
+    (tmp_path / "FEW" / "few.json").write_text(
+        json.dumps(
+            {
+                "images": [{"id": 1, "file_name": "0.jpg"}],
+                "annotations": [{"image_id": 1, "keypoints": [20, 30, 2]}],
+                "categories": [{"keypoints": ["nose"]}],
+            }
+        )
+    )
+    writer = cv2.VideoWriter(str(tmp_path / "MY_VIDEO.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 10, (96, 96))
+    writer.write(draw(1, 0, 96).image)
+    writer.release()
+
+    def quickly(settings, shards, run_url, **_):
+        run, corpus = RunDirectory(storage.absolute(run_url)), open_corpus(storage.absolute(shards))
+        claim(run, settings, corpus)
+        known = finished.setdefault(corpus.manifest_hash, finished["folder"] / str(len(finished)))
+        if not known.exists():
+            train_locally(corpus.url, str(known), local_tools([]), SETTINGS)
+        shutil.copytree(known, run.url, dirs_exist_ok=True)
+        return finish_run(run, corpus, SETTINGS, Untracked(), 1.0)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "train_run", quickly)
+    monkeypatch.setattr(train, "measure", lambda settings, machine: own.Speed(0.1, 0.1, 3.5))
+    monkeypatch.setattr(demo, "train_run", quickly)
+    return tmp_path
+
+
+def run(command: str) -> None:
+    """Runs a command of the docs, or what can be run of it here."""
+    words = shlex.split(command)
+    if words[0] == "ray":
+        words = words[words.index("--") + 1 :]
+    if words[0] == "make":
+        subprocess.run(["make", "-n", words[1]], cwd=ROOT, check=True, capture_output=True)
+    elif "mlflow" in words[0] or "mlflow" in words[1]:
+        from click.testing import CliRunner
+        from mlflow.cli import cli
+
+        arguments = words[words.index("mlflow") + 1 :] if "mlflow" in words else words[1:]
+        result = CliRunner().invoke(cli, [*arguments, "--help"])
+        assert result.exit_code == 0, result.output
+    else:
+        assert words[1] == "-m", command
+        main, arguments = importlib.import_module(words[2]), words[3:]
+        if not words[2].startswith("jobs."):
+            return  # what it does is looked at elsewhere; that it exists, here
+        try:
+            main.main(arguments)
+        except SystemExit as exit_:
+            assert not exit_.code, command
+
+
+def is_pattern(command: str) -> bool:
+    """Whether a command shows a form rather than something that can be typed."""
+    return re.search(r"\b(PRESET|FILE|DIR|SOURCE)\b|s3://|\||^python -m jobs\.\w+$", command) is not None
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_of_a_page_run(page, world, capsys):
+    found = commands(page)
+    if page == "docs/how-to.md":
+        run(".venv/bin/python -m jobs.train own --images MY_IMAGES --name mine")  # it speaks of a finished run
+        shutil.rmtree("runs")
+    for command in found:
+        if page == "README.md" and "evaluate run runs/mine" in command:
+            continue  # its images have no annotations: refused with that reason, see test_mistakes
+        if is_pattern(command):
+            verb = re.search(r"jobs\.(\w+)", command)
+            assert verb is None or (ROOT / "jobs" / f"{verb.group(1)}.py").exists(), command
+        else:
+            run(command)
+
+
+def test_commands_are_found_at_all():
+    found = [command for page in PAGES for command in commands(page)]
+    assert len(found) >= 30 and sum(not is_pattern(command) for command in found) >= 20
+
+
+@pytest.mark.parametrize("line", [
+    "python -m jobs.train celeba --shards s3://bucket/shards --runs s3://bucket/runs --name mine",
+])  # fmt: skip
+def test_a_submitted_command_is_a_sound_one(line):
+    parsed = train.parse(shlex.split(line)[3:])
+    assert parsed.shards == "s3://bucket/shards" and any(line in command for command in commands("README.md"))
+
+
+def test_the_reference_is_made_from_the_configuration_models():
+    assert reference.PAGE.read_text() == reference.page(), "run python -m docs.reference"
+
+
+def test_every_setting_has_a_meaning():
+    empty = [row for row in reference.rows(own.PRESETS["celeba"][1]) if row.endswith("|  |")]
+    assert not empty
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_exist(page):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", (ROOT / page).read_text()):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
+    for file, anchor in re.findall(r"\]\(([^)#:]*)#([\w-]+)\)", (ROOT / page).read_text()):
+        text = ((ROOT / page).parent / file).read_text()
+        headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        assert anchor in [re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-")) for heading in headings]
+
+
+def test_python_blocks_of_the_docs_compile():
+    for page in PAGES:
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+            compile(block, page, "exec")
+    assert sys.version_info >= (3, 11)
