@@ -17,7 +17,8 @@ from sst.corpora import bbcpose, celeba, folder, human36m, ls3d, toy
 from sst.errors import UserError, exit_on_user_error
 from sst.packing import Item
 from sst.progress import with_progress
-from sst.shards import MANIFEST, ShardWriter
+from sst.shards import MANIFEST, Manifest, ShardWriter
+from sst.validation import validate
 
 
 class Pack(BaseModel):
@@ -32,6 +33,7 @@ class Pack(BaseModel):
     shard_samples: int = Field(256, ge=1, description="Samples per shard.")
     max_skipped: float = Field(0.01, ge=0, lt=1, description="Share of unusable images that is tolerated.")
     overwrite: bool = Field(False, description="Replace the corpus that is at --out.")
+    repair: bool = Field(False, description="Rebuild only the damaged shards of the corpus at --out, from its source.")
 
 
 class Folder(Pack):
@@ -121,6 +123,9 @@ def run(config: Source) -> None:
         UserError: if there is nothing to pack, too much is unusable, or the place is taken.
     """
     start = time.monotonic()
+    if config.repair:
+        repair_corpus(config)
+        return
     if storage.exists(storage.join(config.out, MANIFEST)) and not config.overwrite:
         raise UserError(f"{config.out}: holds a corpus already; choose another --out, or replace it by --overwrite")
     if Path(config.out).is_file():
@@ -144,6 +149,27 @@ def run(config: Source) -> None:
         f"{len(manifest.shards)} shards, {sum(shard.bytes for shard in manifest.shards) / 1e6:.1f} MB, "
         f"{len(manifest.skipped)} skipped, {time.monotonic() - start:.0f} s: {config.out}"
     )
+
+
+def repair_corpus(config: Source) -> None:
+    """Rebuilds the shards that do not match the manifest, and says which.
+
+    Raises:
+        UserError: if there is no corpus, its source can't be read in any order, or gives other images now.
+    """
+    try:
+        manifest = Manifest.load(config.out)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    found = validate(config.out, manifest)
+    damaged = sorted({problem.shard for problem in found if problem.shard is not None})
+    items, _, _, size = images_of(config)
+    if not isinstance(items, list):
+        raise UserError(f"{config.out}: videos can't be read in the shards' order; pack again with --overwrite")
+    packing.repair(packing.shuffled(items, config.seed), config.out, manifest, damaged, config.context, size)
+    for number in damaged:
+        print(f"rebuilt {manifest.shards[number].file}")
+    print(f"{len(damaged)} of {len(manifest.shards)} shards were damaged: {config.out}")
 
 
 @exit_on_user_error()

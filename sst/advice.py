@@ -184,8 +184,9 @@ def warnings_of(
             Warned(
                 f"{_each(loose, facts.looseness)} of the view off their typical place: they do not move with the "
                 f"others, and lie outside the steady landmarks in {outside:.0f} % of the images.",
-                "They sit on a limb that moves by itself, slide along an outline, or lie in the background. Against the "
-                "last two help tighter boxes, more varied images or a higher stage2.visible; don't measure with them.",
+                "They sit on a limb that moves by itself, slide along an outline, or lie in the background. Against "
+                "the last two help tighter boxes, more varied images or a higher stage2.visible; don't measure with "
+                "them.",
                 tuple(loose),
             )
         )

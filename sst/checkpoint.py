@@ -90,9 +90,21 @@ def write_checkpoint(
     hashes = {name: storage.sha256(data) for name, data in contents.items()}
     record = CheckpointRecord(files=hashes, **position)
     storage.write_json(storage.join(url, "record.json"), record.model_dump())
-    for old in storage.list_names(directory)[:-KEEP]:
-        storage.remove(storage.join(directory, old))
+    _tidy(directory, f"{record.step:010d}")
     return record
+
+
+def _tidy(directory: str, latest: str) -> None:
+    """Removes what is no longer needed beside the checkpoint just written.
+
+    That is: all complete ones but the last `KEEP`, left-overs of a crash, and later ones, which were damaged or
+    else training would have gone on from them.
+    """
+    names = [name for name in storage.list_names(directory) if name.isdigit()]
+    complete = [n for n in names if n <= latest and storage.exists(storage.join(directory, n, "record.json"))]
+    for name in names:
+        if name not in complete[-KEEP:]:
+            storage.remove(storage.join(directory, name))
 
 
 def latest_checkpoint(directory: str) -> tuple[CheckpointRecord, dict[str, dict[str, Tensor]]] | None:

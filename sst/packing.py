@@ -19,9 +19,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from cluster import storage
 from sst.errors import UserError
 from sst.geometry import resize_matrix, transform_points
-from sst.shards import SampleMeta, ShardWriter, Split
+from sst.shards import Manifest, RawSample, SampleMeta, ShardWriter, Split, shard_bytes
 
 MAX_PIXELS = 64_000_000
 """Larger images are refused before they are decoded, as a guard against decompression bombs."""
@@ -291,6 +292,43 @@ def mixed(results: Iterable[tuple[str, Packed]], seed: int) -> Iterator[tuple[st
             jpeg, text = spool.read(jpeg_bytes), spool.read(text_bytes)
             meta = SampleMeta.model_validate_json(text)
             yield meta.source, Packed(jpeg, meta, notes=notes)
+
+
+def repair(
+    items: Sequence[Item], url: str, manifest: Manifest, damaged: Sequence[int], context: float, size: int | None
+) -> None:
+    """Writes damaged shards anew from their source; they must come out as the manifest says.
+
+    Args:
+        items: all images of the source, in the order in which they were packed.
+        url: directory of the corpus.
+        manifest: its manifest.
+        damaged: numbers of the shards.
+        context: as of `pack_item`, and as it was.
+        size: likewise.
+
+    Raises:
+        UserError: if the source, or the settings, are not those that the corpus was packed from; shards rebuilt
+            until then are written.
+    """
+    skipped = {entry.source for entry in manifest.skipped}
+    kept = [item for item in items if item.source not in skipped]
+    total = sum(shard.samples for shard in manifest.shards)
+    told = "the corpus was packed from other images or with other settings; pack it again with --overwrite"
+    if len(kept) != total:
+        raise UserError(f"{url}: the source has {len(kept)} usable images, the manifest {total}: {told}")
+    for number in damaged:
+        shard, first = manifest.shards[number], sum(shard.samples for shard in manifest.shards[:number])
+        samples = []
+        for place, item in enumerate(kept[first : first + shard.samples], start=first):
+            packed = pack_item(item, context, size)
+            if packed.meta is None:
+                raise UserError(f"{shard.file}: {item.source} can no longer be read: {packed.reason}")
+            samples.append(RawSample(f"{place:09d}", packed.jpeg, packed.meta))
+        data = shard_bytes(samples)
+        if storage.sha256(data) != shard.sha256:
+            raise UserError(f"{shard.file}: rebuilt from the source it differs from the manifest: {told}")
+        storage.write_bytes(storage.join(url, shard.file), data)
 
 
 @contextmanager

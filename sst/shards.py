@@ -8,7 +8,7 @@ import io
 import math
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
@@ -27,8 +27,12 @@ _BLOCK = 512  # tar files consist of blocks of this size and end with at least t
 _DCT_STEPS = 8  # libjpeg decodes at n/8 of the size
 
 
-def _remedy(url: str) -> str:
+def _pack_again(url: str) -> str:
     return f"build the corpus again: python -m jobs.pack ... --out {url} --overwrite"
+
+
+def _remedy(url: str) -> str:
+    return f"rebuild what is damaged by the jobs.pack command that wrote it, with --repair: ... --out {url} --repair"
 
 
 def _problems(error: ValidationError) -> str:
@@ -148,13 +152,13 @@ class Manifest(BaseModel):
             raise ValueError(f"{url}: a file, not a directory of shards; give the directory that holds {MANIFEST}")
         if not storage.exists(path):
             what = f"no {MANIFEST} in it" if storage.exists(url) else "no such directory"
-            raise ValueError(f"{url}: {what}, so this is not a (complete) corpus; {_remedy(url)}")
+            raise ValueError(f"{url}: {what}, so this is not a (complete) corpus; {_pack_again(url)}")
         try:
             return cls.model_validate(storage.read_json(path))
         except ValidationError as error:
-            raise ValueError(f"{path}: not a manifest ({_problems(error)}); {_remedy(url)}") from error
+            raise ValueError(f"{path}: not a manifest ({_problems(error)}); {_pack_again(url)}") from error
         except ValueError as error:
-            raise ValueError(f"{path}: not a JSON file ({error.__cause__}); {_remedy(url)}") from error
+            raise ValueError(f"{path}: not a JSON file ({error.__cause__}); {_pack_again(url)}") from error
 
     def check(self, url: str) -> None:
         """Looks whether every shard is there with the recorded size; cheap, reads no shard.
@@ -263,7 +267,7 @@ class ShardWriter:
     def _flush(self) -> None:
         if not self._pending:
             return
-        data = _tar(self._pending)
+        data = shard_bytes(self._pending)
         name = f"shard-{len(self._shards):05d}.tar"
         storage.write_bytes(storage.join(self.url, name), data)
         self._shards.append(
@@ -283,7 +287,8 @@ class ShardWriter:
                 storage.remove(storage.join(self.url, name))
 
 
-def _tar(samples: list[RawSample]) -> bytes:
+def shard_bytes(samples: Sequence[RawSample]) -> bytes:
+    """The samples as a tar file; equal samples give equal bytes."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
