@@ -53,20 +53,21 @@ class MetricsFile:
 class MetricsReader:
     """Reads the lines that came since the last look."""
 
-    def __init__(self, run_url: str, skip_present: bool = False) -> None:
-        """Begins at the file's start, or at its present end."""
+    def __init__(self, run_url: str, skip_present: bool = False, offset: int = 0) -> None:
+        """Begins at the file's present end, or at an offset in bytes that an earlier reader came to."""
         self.url = storage.join(run_url, "metrics.jsonl")
-        self._offset = 0
+        self.offset = offset
         if skip_present:
             self.new_lines()
 
     def new_lines(self) -> list[dict[str, Any]]:
         """Whole lines that are new; a line still being written is left for the next look, a torn one is left out."""
-        if not storage.exists(self.url):
+        fs, path = fsspec.core.url_to_fs(self.url)
+        if not fs.exists(path) or fs.size(path) <= self.offset:
             return []
-        text = storage.read_bytes(self.url)[self._offset :]
+        text = fs.cat_file(path, start=self.offset)
         text = text[: text.rfind(b"\n") + 1]
-        self._offset += len(text)
+        self.offset += len(text)
         return [line for raw in text.splitlines() if (line := _parse(raw)) is not None]
 
 

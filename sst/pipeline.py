@@ -195,8 +195,6 @@ def showing(run: RunDirectory, settings: TrainSettings, corpus: Corpus, tracker:
     def forward() -> None:
         for line in reader.new_lines():
             show.line(line)
-            if line["kind"] in ("step", "round"):
-                tracker.log(*as_metrics(line))
             if line["kind"] == "round":
                 try:
                     picture = draw_round(run, corpus, line["round"], size)
@@ -218,14 +216,6 @@ def showing(run: RunDirectory, settings: TrainSettings, corpus: Corpus, tracker:
         thread.join()
         forward()
         show.close()
-
-
-def as_metrics(line: dict[str, Any]) -> tuple[dict[str, float], int]:
-    """A line of the metrics file as MLflow wants it: names with numbers, and their step or round."""
-    axis = line["kind"]
-    left_out = ("time", "step", "round", "stage", "phase_step", "phase_steps")
-    numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and k not in left_out}
-    return {f"{axis}/{name}": value for name, value in numbers.items()}, line[axis]
 
 
 def finish_run(run: RunDirectory, corpus: Corpus, settings: TrainSettings, tracker: Tracker, seconds: float) -> Outcome:

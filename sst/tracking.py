@@ -1,22 +1,33 @@
 """MLflow beside the run: it gets what the run directory has, and never holds the run up.
 
-Calls are made by a background thread from a queue. A server that is gone costs a warning and some
-ten seconds at the end: everything is in RUN/metrics.jsonl and RUN/figures all the same.
+A background thread sends what is new in RUN/metrics.jsonl, and calls from a queue, each until it succeeds. How far it
+came is noted in RUN/mlflow.json, so what a server that is gone did not get is sent when the run's command is given
+again.
 """
 
 import logging
 import os
-import queue
+import tempfile
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from cluster import storage
+from sst.metrics import MetricsReader
 
 logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 5.0
-"""Longest wait for MLflow at the end of a run."""
+"""Longest wait, at the end of a run, for an MLflow that takes nothing."""
+
+POLL_SECONDS, LONGEST_PAUSE = 2.0, 30.0
+"""Time between two looks at the metrics file, and the longest one between two tries to reach a server that is gone."""
+
+BATCH = 500
+"""Metrics in one call; MLflow takes 1,000."""
 
 VALUE_LENGTH = 500
 """Longest parameter value that every MLflow backend takes."""
@@ -52,13 +63,15 @@ class Tracker:
     def __init__(self, run_url: str, uri: str, experiment: str, name: str) -> None:
         """Starts the background thread; nothing is waited for."""
         self._run_url, self._uri, self._experiment, self._name = run_url, uri, experiment, name
-        self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._calls: deque[Callable[[], None]] = deque()
         self._client: Any = None
         self._run_id = ""
-        self._failed = False
+        self._reader = MetricsReader(run_url)
+        self._noted = -1
+        self._closing, self._given_up = threading.Event(), False
+        self._success = time.monotonic()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
-        self._calls.put(self._open)
 
     def log_settings(self, settings: Mapping[str, Any]) -> None:
         """Sends nested settings as parameters; one that a resumed run has changed becomes a tag "resumed/NAME"."""
@@ -67,7 +80,7 @@ class Tracker:
         def send() -> None:
             from mlflow.entities import Param, RunTag
 
-            # MLflow refuses a second value for a parameter, and an error would end the tracking.
+            # MLflow refuses a second value for a parameter.
             known = self._client.get_run(self._run_id).data.params
             params = [Param(name, value) for name, value in flat.items() if name not in known]
             changed = [(name, value) for name, value in flat.items() if known.get(name, value) != value]
@@ -77,31 +90,19 @@ class Tracker:
                 tags = [RunTag(f"resumed/{name}", value) for name, value in changed[start : start + 100]]
                 self._client.log_batch(self._run_id, tags=tags)
 
-        self._calls.put(send)
+        self._calls.append(send)
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Sends numbers at an optimizer step."""
-        numbers = {name: float(value) for name, value in figures.items()}
-
-        def send() -> None:
-            import time
-
-            from mlflow.entities import Metric
-
-            now = int(time.time() * 1000)
-            metrics = [Metric(name, value, now, step) for name, value in numbers.items()]
-            self._client.log_batch(self._run_id, metrics=metrics)
-
-        self._calls.put(send)
+        """Sends numbers that are not lines of the metrics file, at a step."""
+        now = time.time()
+        numbers = [(name, float(value), now, step) for name, value in figures.items()]
+        self._calls.append(lambda: self._send_metrics(numbers))
 
     def log_files(self, files: Mapping[str, bytes]) -> None:
         """Sends files as artifacts, by path."""
         own = dict(files)
 
         def send() -> None:
-            import tempfile
-            from pathlib import Path
-
             with tempfile.TemporaryDirectory() as folder:
                 for path, data in own.items():
                     target = Path(folder, path)
@@ -109,10 +110,10 @@ class Tracker:
                     target.write_bytes(data)
                 self._client.log_artifacts(self._run_id, folder)
 
-        self._calls.put(send)
+        self._calls.append(send)
 
     def close(self, status: str) -> bool:
-        """Ends the MLflow run and waits a little for what is still queued.
+        """Ends the MLflow run; waits while things are being sent, but at most `CLOSE_SECONDS` while nothing is.
 
         Args:
             status: FINISHED, FAILED or KILLED.
@@ -120,38 +121,103 @@ class Tracker:
         Returns:
             Whether all was sent.
         """
-        self._calls.put(lambda: self._client.set_terminated(self._run_id, status))
-        self._calls.put(None)
-        self._thread.join(CLOSE_SECONDS if self._failed else 12 * CLOSE_SECONDS)
-        if self._thread.is_alive() or self._failed:
+        self._calls.append(lambda: self._client.set_terminated(self._run_id, status))
+        self._success = time.monotonic()
+        self._closing.set()
+        while self._thread.is_alive() and time.monotonic() - self._success < CLOSE_SECONDS:
+            self._thread.join(0.1)
+        if self._thread.is_alive():
+            self._given_up = True
             logger.warning(
-                "not all figures reached MLflow at %s; they are in %s/metrics.jsonl", redact(self._uri), self._run_url
+                "not all figures reached MLflow at %s; they are in %s/metrics.jsonl, and giving the run's command "
+                "again sends the rest",
+                redact(self._uri),
+                self._run_url,
             )
             return False
         return True
 
     def _work(self) -> None:
-        while (call := self._calls.get()) is not None:
-            if self._failed:
-                continue
+        failures = 0
+        while not self._given_up:
             try:
-                call()
+                self._send_all()
+                failures = 0
+                if self._closing.is_set() and not self._calls:
+                    return
             except Exception as error:  # whatever MLflow or its server raises must not reach the run
-                self._failed = True
-                logger.warning("MLflow at %s is given up: %s", redact(self._uri), type(error).__name__)
+                failures += 1
+                if failures == 1:
+                    logger.warning(
+                        "MLflow at %s can't be reached (%s); the run goes on, and its figures are sent later",
+                        redact(self._uri),
+                        type(error).__name__,
+                    )
+            pause = POLL_SECONDS if not failures else min(LONGEST_PAUSE, 2.0 ** min(failures, 9) / 2)
+            if self._closing.is_set():
+                time.sleep(0.2)
+            else:
+                self._closing.wait(pause)
+
+    def _send_all(self) -> None:
+        if not self._run_id:
+            self._open()
+        while self._calls:
+            self._attempt(self._calls[0])
+            self._calls.popleft()
+            self._success = time.monotonic()
+        offset = self._reader.offset
+        lines = self._reader.new_lines()
+        try:
+            numbers = [number for line in lines for number in as_metrics(line)]
+            for start in range(0, len(numbers), BATCH):
+                self._send_metrics(numbers[start : start + BATCH])
+                self._success = time.monotonic()
+        except Exception:
+            self._reader.offset = offset  # all of them again next time; MLflow takes equal values at equal steps
+            raise
+        if self._reader.offset != self._noted:
+            self._note()
+
+    def _attempt(self, call: Callable[[], None]) -> None:
+        """Makes a call; one that the server will never take is named and dropped, so that others get through."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            call()
+        except MlflowException as error:
+            status = error.get_http_status_code()
+            if not 400 <= status < 500 or status in (401, 403, 408, 429):
+                raise
+            logger.warning("MLflow at %s refuses something for good: %s", redact(self._uri), error.error_code)
+
+    def _send_metrics(self, numbers: list[tuple[str, float, float, int]]) -> None:
+        """Sends (name, value, time, step)."""
+        from mlflow.entities import Metric
+
+        metrics = [Metric(name, value, int(1000 * when), step) for name, value, when, step in numbers]
+        self._client.log_batch(self._run_id, metrics=metrics)
+
+    def _note(self) -> None:
+        storage.write_json(
+            storage.join(self._run_url, "mlflow.json"), {"run_id": self._run_id, "sent": self._reader.offset}
+        )
+        self._noted = self._reader.offset
 
     def _open(self) -> None:
         set_environment(MLFLOW_ENVIRONMENT)
         import mlflow
 
-        for chatty in ("mlflow", "alembic"):
-            logging.getLogger(chatty).setLevel(logging.WARNING)
+        for chatty in ("mlflow", "alembic", "urllib3"):
+            logging.getLogger(chatty).setLevel(logging.ERROR)
         self._client = mlflow.MlflowClient(tracking_uri=self._uri)
         known = storage.join(self._run_url, "mlflow.json")
         if storage.exists(known):
-            self._run_id = storage.read_json(known)["run_id"]
+            noted = storage.read_json(known)
             try:
-                self._client.update_run(self._run_id, status="RUNNING")
+                self._client.update_run(noted["run_id"], status="RUNNING")
+                self._reader.offset = noted.get("sent", 0)
+                self._run_id = noted["run_id"]
                 return
             except mlflow.exceptions.MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
@@ -160,7 +226,17 @@ class Tracker:
         experiment = self._client.get_experiment_by_name(self._experiment)
         number = experiment.experiment_id if experiment else self._client.create_experiment(self._experiment)
         self._run_id = self._client.create_run(number, run_name=self._name).info.run_id
-        storage.write_json(known, {"run_id": self._run_id})
+        self._note()
+
+
+def as_metrics(line: Mapping[str, Any]) -> list[tuple[str, float, float, int]]:
+    """A line of the metrics file as MLflow wants it: (name, value, time, step or round) for each of its numbers."""
+    axis = line["kind"]
+    if axis not in ("step", "round"):
+        return []
+    left_out = ("time", "step", "round", "stage", "phase_step", "phase_steps")
+    numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and k not in left_out}
+    return [(f"{axis}/{name}", float(value), line["time"], line[axis]) for name, value in numbers.items()]
 
 
 def redact(uri: str) -> str:

@@ -1,13 +1,10 @@
 """Figures, report, progress and tracking from plain arrays and lines."""
 
 import io
-import json
 import re
-import socket
 import time
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from sst import figures
@@ -17,7 +14,7 @@ from sst.pictures import png
 from sst.progress import TimeLeft, clock, round_line, step_line
 from sst.report import ReportFigure, write_report
 from sst.schedule import Phase
-from sst.tracking import Tracker, flatten, redact
+from sst.tracking import flatten
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
@@ -142,50 +139,3 @@ def test_time_left_follows_the_measured_speed():
 
 def test_settings_are_flat_parameters():
     assert flatten({"a": {"b": 1, "c": {"d": "x"}}, "e": (1, 2)}) == {"a.b": "1", "a.c.d": "x", "e": "(1, 2)"}
-
-
-def test_credentials_are_not_shown():
-    assert redact("https://me:secret@host/path") == "https://host/path"
-    assert redact("sqlite:///mlflow.db") == "sqlite:///mlflow.db"
-
-
-def test_a_tracking_server_that_is_gone_costs_a_warning_and_little_time(tmp_path, caplog, monkeypatch):
-    for name, value in (("MAX_RETRIES", "1"), ("TIMEOUT", "2")):
-        monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", value)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    tracker = Tracker(str(tmp_path), f"http://me:secret@127.0.0.1:{port}", "e", "n")
-    started = time.monotonic()
-    for step in range(100):
-        tracker.log({"loss": 1.0}, step)
-    assert time.monotonic() - started < 1.0  # training itself never waits
-    assert tracker.close("FINISHED") is False
-    assert "metrics.jsonl" in caplog.text and "secret" not in caplog.text
-
-
-def test_a_resumed_run_keeps_its_mlflow_run(tmp_path):
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    for step in range(2):
-        tracker = Tracker(str(tmp_path / "run"), uri, "e", "name")
-        tracker.log_settings({"workers": 2 - step, "seed": 0})
-        tracker.log({"loss": 1.0 - step}, step)
-        tracker.log_files({"figures/a.png": b"x"})
-        assert tracker.close("FINISHED")
-    import mlflow
-
-    client = mlflow.MlflowClient(uri)
-    runs = client.search_runs([client.get_experiment_by_name("e").experiment_id])
-    assert len(runs) == 1
-    assert runs[0].info.run_id == json.loads((tmp_path / "run" / "mlflow.json").read_text())["run_id"]
-    history = client.get_metric_history(runs[0].info.run_id, "loss")
-    assert [m.value for m in history] == [1.0, 0.0]
-    assert runs[0].data.metrics["loss"] == pytest.approx(0.0)
-    assert runs[0].data.params == {"workers": "2", "seed": "0"}
-    assert runs[0].data.tags["resumed/workers"] == "1" and "resumed/seed" not in runs[0].data.tags
-    # Another server knows nothing of that run: it gets one of its own.
-    (tmp_path / "run" / "mlflow.json").write_text(json.dumps({"run_id": "0" * 32}))
-    tracker = Tracker(str(tmp_path / "run"), uri, "e", "name")
-    tracker.log({"loss": 2.0}, 3)
-    assert tracker.close("FINISHED")
-    assert len(client.search_runs([client.get_experiment_by_name("e").experiment_id])) == 2
