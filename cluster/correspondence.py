@@ -41,9 +41,14 @@ class Correspondence:
     images: int
 
 
+def descriptors_folder(round_url: str) -> str:
+    """Where a round keeps descriptors until it is complete."""
+    return storage.join(round_url, "descriptors")
+
+
 def descriptors_url(round_url: str, shard: str) -> str:
     """Where a round keeps the descriptors of an image shard."""
-    return storage.join(round_url, "descriptors", shard.removesuffix(".tar") + ".npz")
+    return storage.join(descriptors_folder(round_url), shard.removesuffix(".tar") + ".npz")
 
 
 def labels_url(round_url: str, shard: str) -> str:

@@ -2,20 +2,39 @@
 
 Every write is atomic: locally under a temporary name and then renamed, on an object store by its own put. So
 a file either exists whole or not at all, and a directory is complete when its record, written last, exists.
+
+A remote store may fail for a while: reads and writes are tried again, with growing random pauses, for about a minute.
+What it answers for good (not found, not permitted) is an error at once.
 """
 
+import errno
 import hashlib
 import io
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import numpy as np
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+ATTEMPTS, FIRST_PAUSE, LONGEST_PAUSE = 6, 1.0, 20.0
+"""Tries of an operation on a remote store, and the bounds, in seconds, of the random pauses between them."""
+
+T = TypeVar("T")
+
+LARGEST_ARRAYS = 2**36
+"""Bytes that the arrays of one npz may have when unpacked: a guard against decompression bombs."""
+
+FOR_GOOD = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+class CredentialsInUrlError(ValueError):
+    """A URL with user name and password in it, which would end up in records and logs."""
 
 
 def join(url: str, *parts: str) -> str:
@@ -28,18 +47,50 @@ def absolute(url: str) -> str:
     return url if "://" in url else os.path.abspath(url)
 
 
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it.
+
+    Raises:
+        CredentialsInUrlError: if the URL holds user name or password; the message does not.
+    """
+    scheme, separator, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    if separator and "@" in host:
+        shown = f"{scheme}://...@{host.rpartition('@')[2]}{slash}{path}"
+        raise CredentialsInUrlError(
+            f"{shown}: don't write credentials into a URL, it is recorded and logged; give them as the store's "
+            "environment variables (AWS_ACCESS_KEY_ID, ...) or in its configuration file"
+        )
+    fs, found = fsspec.core.url_to_fs(url)
+    return fs, str(found)
+
+
+def _patiently(fs: Any, operation: Callable[[], T]) -> T:
+    """What the operation gives; on a remote store it is tried again when it fails for the moment."""
+    if _is_local(fs):
+        return operation()
+    retrying = Retrying(
+        retry=retry_if_exception(lambda e: isinstance(e, OSError | TimeoutError) and not isinstance(e, FOR_GOOD)),
+        wait=wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE),
+        stop=stop_after_attempt(ATTEMPTS),
+        reraise=True,
+    )
+    return retrying(operation)
+
+
 def exists(url: str) -> bool:
     """Whether a file or directory is there."""
-    fs, path = fsspec.core.url_to_fs(url)
-    return bool(fs.exists(path))
+    fs, path = filesystem(url)
+    return bool(_patiently(fs, lambda: fs.exists(path)))
 
 
 def list_names(url: str) -> list[str]:
     """Sorted names directly inside a directory; empty where it does not exist."""
-    fs, path = fsspec.core.url_to_fs(url)
-    if not fs.exists(path):
+    fs, path = filesystem(url)
+    if not exists(url):
         return []
-    return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+    entries = _patiently(fs, lambda: fs.ls(path, detail=False))
+    return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries)
 
 
 def read_bytes(url: str) -> bytes:
@@ -48,15 +99,15 @@ def read_bytes(url: str) -> bytes:
     Raises:
         FileNotFoundError: if it is not there.
     """
-    fs, path = fsspec.core.url_to_fs(url)
-    return bytes(fs.cat_file(path))
+    fs, path = filesystem(url)
+    return bytes(_patiently(fs, lambda: fs.cat_file(path)))
 
 
 def write_bytes(url: str, data: bytes) -> None:
     """Writes a whole file atomically, making its directory where needed."""
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = filesystem(url)
     if not _is_local(fs):
-        fs.pipe_file(path, data)
+        _patiently(fs, lambda: fs.pipe_file(path, data))
         return
     with _written(Path(path), data) as temporary:
         os.replace(temporary, path)
@@ -67,7 +118,7 @@ def create_bytes(url: str, data: bytes) -> bool:
 
     Of several that try at once, one succeeds: by a hard link locally, by a conditional put on an object store.
     """
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = filesystem(url)
     try:
         if not _is_local(fs):
             fs.pipe_file(path, data, mode="create")
@@ -94,15 +145,20 @@ def _written(target: Path, data: bytes) -> Iterator[Path]:
             file.flush()
             os.fsync(file.fileno())
         yield temporary
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        needed = f"{target}: no room for its {len(data) / 1e6:.1f} MB"
+        raise OSError(errno.ENOSPC, f"{needed}; free some and give the same command again") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def remove(url: str) -> None:
     """Removes a file or a whole directory; nothing happens where there is none."""
-    fs, path = fsspec.core.url_to_fs(url)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+    fs, path = filesystem(url)
+    if exists(url):
+        _patiently(fs, lambda: fs.rm(path, recursive=True))
 
 
 def read_json(url: str) -> Any:
@@ -139,6 +195,9 @@ def load_npz(url: str) -> dict[str, np.ndarray]:
     data = read_bytes(url)
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            unpacked = sum(entry.file_size for entry in file.zip.infolist())
+            if unpacked > LARGEST_ARRAYS:
+                raise ValueError(f"{unpacked} bytes when unpacked; at most {LARGEST_ARRAYS} are permitted")
             return {name: file[name] for name in file.files}
     except Exception as error:  # numpy and zipfile raise many types on damaged input
         raise ValueError(f"{url}: not a readable npz file ({type(error).__name__}: {error})") from error

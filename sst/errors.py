@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from pydantic import ValidationError
 
+from cluster.storage import CredentialsInUrlError
 from sst.interrupt import Terminated
 
 
@@ -31,7 +32,7 @@ def exit_on_user_error() -> Iterator[None]:
     """
     try:
         yield
-    except UserError as error:
+    except (UserError, CredentialsInUrlError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as error:

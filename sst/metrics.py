@@ -5,8 +5,6 @@ import os
 import time
 from typing import Any
 
-import fsspec
-
 from cluster import storage
 
 FLUSH_SECONDS = 5.0
@@ -19,7 +17,7 @@ class MetricsFile:
     def __init__(self, run_url: str) -> None:
         """Opens or begins the file."""
         self.url = storage.join(run_url, "metrics.jsonl")
-        fs, path = fsspec.core.url_to_fs(self.url)
+        fs, path = storage.filesystem(self.url)
         protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
         self._path = path if "file" in protocols else None
         self._text = b"" if self._path or not storage.exists(self.url) else storage.read_bytes(self.url)
@@ -62,7 +60,7 @@ class MetricsReader:
 
     def new_lines(self) -> list[dict[str, Any]]:
         """Whole lines that are new; a line still being written is left for the next look, a torn one is left out."""
-        fs, path = fsspec.core.url_to_fs(self.url)
+        fs, path = storage.filesystem(self.url)
         if not fs.exists(path) or fs.size(path) <= self.offset:
             return []
         text = fs.cat_file(path, start=self.offset)

@@ -255,9 +255,12 @@ def within(settings: TrainSettings, images: int, speed: Speed, minutes: float) -
     Raises:
         UserError: if not even a tenth of the full schedule fits.
     """
-    factor = 1.0
-    for _ in range(8):  # a run has fixed costs, so its time is not in proportion to its steps
-        factor *= 60 * minutes / expected_seconds(scaled(settings, factor), images, speed)
+    factor, tried = 1.0, {}
+    for _ in range(24):  # a run has fixed costs, and whole rounds, so its time is not in proportion to its steps
+        ratio = expected_seconds(scaled(settings, factor), images, speed) / (60 * minutes)
+        tried[factor] = abs(ratio - 1)
+        factor /= ratio**0.7
+    factor = min(tried, key=lambda each: tried[each])
     if factor < LEAST_SCHEDULE:
         raise UserError(
             f"--minutes {minutes:g} is too short: the full schedule takes about "

@@ -15,7 +15,14 @@ from typing import Any
 import numpy as np
 
 from cluster import storage
-from cluster.correspondence import Correspondence, Sample, correspond, descriptors_url, labels_url
+from cluster.correspondence import (
+    Correspondence,
+    Sample,
+    correspond,
+    descriptors_folder,
+    descriptors_url,
+    labels_url,
+)
 from cluster.dispatch import ShardMap, map_serially
 from cluster.kmeans import KMeansResult
 from cluster.merging import apply_merge, count_overlaps, merge_plan
@@ -137,6 +144,9 @@ class RoundMaker:
             record = record.model_copy(update={"figures": record.figures | moved})
             self.run.finish_round(record, found.kmeans.centroids)
             self.tools.log(record.line())
+            # Labels and centroids are what is left of a round; its descriptors would fill any disk over the rounds.
+            for done in (previous.number, number):
+                storage.remove(descriptors_folder(self.run.round_url(done)))
         self.group.wait()
 
     def merge(self, model: LandmarkDetector, previous: RoundRecord, step: int) -> None:

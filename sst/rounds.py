@@ -2,7 +2,7 @@
 
 RUN/settings.json                what the run was told
 RUN/rounds/0003/record.json      written last: a round without it does not exist
-RUN/rounds/0003/{descriptors,labels}/shard-00000.npz, centroids.npz
+RUN/rounds/0003/labels/shard-00000.npz, centroids.npz
 RUN/checkpoints/0000012000/      see sst.checkpoint
 RUN/model/, RUN/predictions/     the result
 RUN/landmarks.json               how steady each landmark is, and left/right pairs

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
-import fsspec
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -147,7 +146,7 @@ class Manifest(BaseModel):
             ValueError: if there is no readable manifest of this schema; the message names file and remedy.
         """
         path = storage.join(url, MANIFEST)
-        fs, root = fsspec.core.url_to_fs(url)
+        fs, root = storage.filesystem(url)
         if fs.isfile(root):
             raise ValueError(f"{url}: a file, not a directory of shards; give the directory that holds {MANIFEST}")
         if not storage.exists(path):
@@ -166,7 +165,7 @@ class Manifest(BaseModel):
         Raises:
             ValueError: naming all shards that are missing or of another size.
         """
-        fs, _ = fsspec.core.url_to_fs(url)
+        fs, _ = storage.filesystem(url)
         wrong = []
         for shard in self.shards:
             try:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import fsspec
 import numpy as np
 
 from cluster import storage
@@ -45,7 +44,7 @@ def validate(url: str, manifest: Manifest) -> list[Problem]:
 
 def _shard_problems(url: str, manifest: Manifest, number: int, shard: ShardInfo, first: int) -> list[Problem]:
     path = storage.join(url, shard.file)
-    fs, place = fsspec.core.url_to_fs(path)
+    fs, place = storage.filesystem(path)
     if not fs.exists(place):
         return [Problem(f"{shard.file}: missing ({shard.bytes} bytes expected)", number)]
     if (size := fs.size(place)) != shard.bytes:
