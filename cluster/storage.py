@@ -198,7 +198,10 @@ def load_npz(url: str) -> dict[str, np.ndarray]:
             unpacked = sum(entry.file_size for entry in file.zip.infolist())
             if unpacked > LARGEST_ARRAYS:
                 raise ValueError(f"{unpacked} bytes when unpacked; at most {LARGEST_ARRAYS} are permitted")
-            return {name: file[name] for name in file.files}
+            arrays = {name: file[name] for name in file.files}
+            if other := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+                raise ValueError(f"{', '.join(other)}: not an array")
+            return arrays
     except Exception as error:  # numpy and zipfile raise many types on damaged input
         raise ValueError(f"{url}: not a readable npz file ({type(error).__name__}: {error})") from error
 

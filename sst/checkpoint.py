@@ -5,10 +5,10 @@ file, so the latest directory whose record and hashes agree is the one to go on 
 """
 
 import logging
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -39,7 +39,7 @@ class CheckpointRecord(BaseModel):
     phase_step: int
     stage: int
     settings: str
-    files: dict[str, str]
+    files: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], str]
 
 
 def weights_hash(model: nn.Module) -> str:

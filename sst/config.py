@@ -14,6 +14,7 @@ from sst.geometry import STRIDE
 from sst.network import NetworkShape
 
 Positive = Annotated[int, Field(gt=0)]
+Channels = Annotated[int, Field(gt=0, le=4096)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(gt=0.0)]
@@ -28,15 +29,15 @@ class Settings(BaseModel):
 class NetworkSettings(Settings):
     """Size of network and input."""
 
-    input_size: Positive = 256
+    input_size: Channels = 256
     """Side of the square network input, in pixels."""
-    width: Positive = 256
+    width: Channels = 256
     """Channels of the hourglass."""
-    depth: Positive = 4
+    depth: Annotated[int, Field(gt=0, le=8)] = 4
     """Levels of the hourglass."""
-    groups: Positive = 32
+    groups: Channels = 32
     """Groups of every GroupNorm."""
-    descriptor_size: Positive = 256
+    descriptor_size: Channels = 256
     """Channels of the descriptor head."""
 
     @model_validator(mode="after")

@@ -5,6 +5,8 @@ Thin shells: what they call is plain code that tests run without Ray.
 
 import logging
 import os
+import secrets
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,6 +21,7 @@ from sst.config import ResourceSettings, TrainSettings
 from sst.errors import RunFailedError, UserError
 from sst.interrupt import StopFlag, Stopped, run_stoppably
 from sst.round_making import Tools
+from sst.tracking import set_environment
 
 TASK_CPUS = 0.05
 """CPUs that Ray sets aside for a shard task; how many run at once is bounded by `RayMap`."""
@@ -26,8 +29,6 @@ TASK_CPUS = 0.05
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    # A local cluster listens on loopback only; a token would have to reach every tool that looks at it.
-    "RAY_AUTH_MODE": "disabled",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
 }
 """Set before Ray is imported, unless the caller has set them."""
@@ -42,13 +43,16 @@ def start_ray(resources: ResourceSettings) -> bool:
     Raises:
         UserError: if the cluster is smaller than `resources` asks for.
     """
-    for name, value in RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment(RAY_ENVIRONMENT)
+    joins = bool(os.environ.get("RAY_ADDRESS"))
+    if not joins and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
+        # Ray's own servers listen on every interface; without this token nobody else can use them. Ray reads both
+        # when it is imported, so whoever has imported it has decided.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray
 
     if not ray.is_initialized():
-        cpus = None if os.environ.get("RAY_ADDRESS") else usable_cpus()
-        ray.init(num_cpus=cpus, logging_level=logging.WARNING, log_to_driver=False)
+        ray.init(num_cpus=None if joins else usable_cpus(), logging_level=logging.WARNING, log_to_driver=False)
     have = ray.cluster_resources()
     gpus = have.get("GPU", 0.0)
     enough = gpus >= resources.workers * resources.worker_gpus

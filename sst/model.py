@@ -3,6 +3,7 @@
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from cluster import storage
@@ -74,5 +75,9 @@ def load_model(url: str) -> tuple[LandmarkDetector, ModelRecord]:
     if storage.sha256(data) != record.weights:
         raise ValueError(f"{weights_url} does not match the hash in model.json; copy both again")
     model = LandmarkDetector(record.network.shape, len(record.clusters))
-    model.load_state_dict(load(data))
+    try:
+        model.load_state_dict(load(data))
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{weights_url}: not the weights of the network in model.json ({reason})") from error
     return model.eval(), record

@@ -22,10 +22,8 @@ import numpy as np
 from cluster import storage
 from sst.errors import UserError
 from sst.geometry import resize_matrix, transform_points
-from sst.shards import Manifest, RawSample, SampleMeta, ShardWriter, Split, shard_bytes
+from sst.shards import MAX_PIXELS, Manifest, RawSample, SampleMeta, ShardWriter, Split, shard_bytes
 
-MAX_PIXELS = 64_000_000
-"""Larger images are refused before they are decoded, as a guard against decompression bombs."""
 MIN_SIDE = 8
 """Images whose shorter side has fewer pixels are refused: there is nothing to learn from."""
 JPEG_QUALITY = 95

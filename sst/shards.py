@@ -23,6 +23,9 @@ Split = Literal["train", "test"]
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
 _BLOCK = 512  # tar files consist of blocks of this size and end with at least two of zeros
+MAX_PIXELS = 64_000_000
+"""Larger images are refused before they are decoded, as a guard against decompression bombs."""
+
 _DCT_STEPS = 8  # libjpeg decodes at n/8 of the size
 
 
@@ -51,7 +54,7 @@ class ShardInfo(BaseModel):
 
     model_config = _STRICT
 
-    file: str = Field(pattern=r"^[\w.-]+$")
+    file: str = Field(pattern=r"^\w[\w.-]*$")
     split: Split
     samples: int = Field(gt=0)
     bytes: int = Field(gt=0)
@@ -407,6 +410,8 @@ def decode_jpeg_scaled(jpeg: bytes, min_scale: float = 1.0) -> tuple[np.ndarray,
 
     try:
         height, width = simplejpeg.decode_jpeg_header(jpeg)[:2]
+        if height * width > MAX_PIXELS:
+            raise ValueError(f"{width} x {height} pixels; at most {MAX_PIXELS} are permitted")
         step = min(_DCT_STEPS, max(1, math.ceil(min_scale * _DCT_STEPS - 1e-9)))
         if max(height, width) < 8 * _DCT_STEPS or step == _DCT_STEPS:  # small: no gain, sizes ambiguous
             return simplejpeg.decode_jpeg(jpeg), height, width
@@ -424,7 +429,10 @@ def _decode_with_pillow(jpeg: bytes, reason: ValueError) -> tuple[np.ndarray, fl
     from PIL import Image
 
     try:
-        image = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+        with Image.open(io.BytesIO(jpeg)) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise ValueError(f"{file.width} x {file.height} pixels; at most {MAX_PIXELS} are permitted")
+            image = np.asarray(file.convert("RGB"))
     except Exception as error:  # Pillow raises many types on damaged input
         raise ValueError(f"not a readable JPEG ({reason})") from error
     return image, image.shape[0], image.shape[1]

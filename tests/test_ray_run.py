@@ -89,7 +89,9 @@ def test_a_run_is_scored_pictured_and_tracked(undisturbed, folder):
     assert run.data.params["stage1.rounds"] == "2"
     assert len(client.get_metric_history(run_id, "round/labels_per_image")) == 6
     assert run.data.metrics["step/images_per_second"] > 0
-    assert {file.path for file in client.list_artifacts(run_id)} == {"figures", "report.html"}
+    assert {file.path for file in client.list_artifacts(run_id)} == {"figures", "report.html", "rounds"}
+    pictures = {file.path for file in client.list_artifacts(run_id, "rounds")}
+    assert pictures == {f"rounds/{number:04d}.png" for number in range(len(list((undisturbed / "rounds").iterdir())))}
 
 
 def test_the_same_command_finds_the_run_done(undisturbed, folder, shards, capsys):

@@ -99,9 +99,10 @@ def read_annotations(path: str) -> list[Row]:
 def point_names(path: str, count: int) -> list[str]:
     """What the annotated points are called: as a COCO file's categories say, else "point_0", "point_1", ..."""
     if path.lower().endswith(".json"):
-        for category in json.loads(Path(path).read_text(encoding="utf-8-sig")).get("categories", ()):
-            names = category.get("keypoints", ())
-            if len(names) == count:
+        categories = json.loads(Path(path).read_text(encoding="utf-8-sig")).get("categories")
+        for category in categories if isinstance(categories, list) else ():
+            names = category.get("keypoints") if isinstance(category, dict) else None
+            if isinstance(names, list) and len(names) == count:
                 return [str(name) for name in names]
     return [f"point_{number}" for number in range(count)]
 
