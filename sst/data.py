@@ -4,6 +4,7 @@ The order is a function of seed, phase and rank alone, so a resumed run skips to
 and skipped as JPEG bytes; only what is trained on is decoded.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from sst.shards import Manifest, RawSample, ShardInfo, decode, read_shard
 
 SHUFFLE_BUFFER = 1024
 """Samples (as JPEG bytes) among which a worker's stream is shuffled, beside the shuffled shard order."""
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -163,6 +166,46 @@ def decode_to_view(sample: RawSample, size: int) -> tuple[np.ndarray, np.ndarray
     return image, box_to_view(np.array(sample.meta.box), size) @ np.linalg.inv(shrink)
 
 
+MAX_UNDECODABLE, UNDECODABLE_AFTER = 0.01, 500
+"""Share of undecodable images above which a run stops, and images after which that is judged."""
+
+
+class Undecodable:
+    """Counts images that can't be decoded: the packer wrote sound ones, so these are few or something is wrong.
+
+    Attributes:
+        seen: images decoded or tried.
+        failed: tries that failed.
+        reasons: key of a sample to its source and what is wrong with it.
+    """
+
+    def __init__(self) -> None:
+        """Begins without any."""
+        self.seen = self.failed = 0
+        self.reasons: dict[str, str] = {}
+
+    def decode(self, sample: RawSample, size: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """As `decode_to_view`; None for an image that can't be decoded.
+
+        Raises:
+            ValueError: if there are too many of them.
+        """
+        self.seen += 1
+        try:
+            return decode_to_view(sample, size)
+        except ValueError as error:
+            self.failed += 1
+            if sample.key not in self.reasons:
+                logger.warning("left out: %s", error)
+            self.reasons[sample.key] = str(error)
+        if self.seen >= UNDECODABLE_AFTER and self.failed > MAX_UNDECODABLE * self.seen:
+            listed = "; ".join(list(self.reasons.values())[:5])
+            raise ValueError(
+                f"{self.failed} of {self.seen} images can't be decoded ({listed}); look at the corpus by jobs.validate"
+            )
+        return None
+
+
 def collate(
     decoded: Sequence[tuple[np.ndarray, np.ndarray]],
     points: Sequence[np.ndarray],
@@ -183,8 +226,13 @@ def collate(
     return Batch(tuple(keys), *(torch.from_numpy(array) for array in arrays))
 
 
-def batches(examples: Iterator[Example], size: int, view: int, skip: int, ahead: int = 2) -> Iterator[Batch]:
+def batches(
+    examples: Iterator[Example], size: int, view: int, skip: int, ahead: int = 2, bad: Undecodable | None = None
+) -> Iterator[Batch]:
     """Groups a stream into batches, decoding in background threads.
+
+    In place of an image that can't be decoded its batch has the next one of the batch once more, so that batches stay
+    full, on all workers alike and whenever they are made.
 
     Args:
         examples: the stream.
@@ -192,14 +240,24 @@ def batches(examples: Iterator[Example], size: int, view: int, skip: int, ahead:
         view: side S of the view.
         skip: batches passed over without decoding (on resume).
         ahead: batches decoded while the device computes.
+        bad: counts undecodable images.
+
+    Raises:
+        ValueError: if too many images can't be decoded.
     """
+    counter = bad or Undecodable()
 
     def load(group: list[Example]) -> Batch:
+        decoded = [counter.decode(example.sample, view) for example in group]
+        sound = [row for row, image in enumerate(decoded) if image is not None]
+        if not sound:
+            raise ValueError(f"no image of a batch can be decoded ({'; '.join(counter.reasons.values())[:500]})")
+        rows = [next((own for own in sound if own >= row), sound[0]) for row in range(len(group))]
         return collate(
-            [decode_to_view(example.sample, view) for example in group],
-            [example.points for example in group],
-            [example.cluster for example in group],
-            [example.sample.key for example in group],
+            [image for row in rows if (image := decoded[row]) is not None],
+            [group[row].points for row in rows],
+            [group[row].cluster for row in rows],
+            [group[row].sample.key for row in rows],
         )
 
     stream = islice(examples, skip * size, None)
@@ -218,12 +276,17 @@ def ordered_map(function: Callable[[list[Example]], T], items: Iterator[list[Exa
 
 
 def shard_batches(corpus: str, shard: ShardInfo, view: int, size: int) -> Iterator[Batch]:
-    """All images of a shard in their order, without labels, for extraction and prediction."""
+    """All images of a shard in their order, without labels, for extraction and prediction.
+
+    An image that can't be decoded is grey: nothing is found on it, and the others keep their numbers.
+    """
+    counter = Undecodable()
+    grey = np.full((view, view, 3), 128, np.uint8), np.eye(3)
 
     def load(group: list[Example]) -> Batch:
         nothing = [np.zeros((0, 2), np.float32)] * len(group)
         return collate(
-            [decode_to_view(e.sample, view) for e in group],
+            [counter.decode(e.sample, view) or grey for e in group],
             nothing,
             [np.zeros(0, np.int16)] * len(group),
             [e.sample.key for e in group],

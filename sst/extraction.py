@@ -1,5 +1,6 @@
 """Plain functions of one shard: what the network sees on all its images, in the shard's order."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from sst.network import DetectorDescriptor, LandmarkDetector
 from sst.shards import RawSample, ShardInfo, decode, read_shard
 from sst.suppression import decode_keypoints, decode_landmarks
 from sst.symmetry import mirror_matrix
+
+logger = logging.getLogger(__name__)
 
 BATCH = 64
 """Images per forward pass without gradients."""
@@ -47,7 +50,11 @@ def first_keypoints(
     cv2.setNumThreads(1)  # a shard is a task, and there are as many tasks as cores
     points, descriptors, inside, counts = [], [], [], [0]
     for sample in read_shard(f"{corpus}/{shard.file}", shard.sha256):
-        found, described, on_object = _keypoints(sample, detector, background)
+        try:
+            found, described, on_object = _keypoints(sample, detector, background)
+        except ValueError as error:  # an image that can't be decoded has no keypoints
+            logger.warning("left out: %s", error)
+            found, described, on_object = np.zeros((0, 2)), np.zeros((0, detector.descriptor_size)), np.zeros(0, bool)
         kept = np.ones(len(found), bool) if background else on_object
         points.append(found[kept] * (input_size / VIEW / STRIDE))
         descriptors.append(described[kept].astype(np.float16))

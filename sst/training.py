@@ -20,7 +20,7 @@ from cluster import storage
 from sst.augment import augment
 from sst.checkpoint import latest_checkpoint, restore_optimizer, write_checkpoint
 from sst.config import TrainSettings
-from sst.data import Batch, balanced, batches, training_examples
+from sst.data import Batch, Undecodable, balanced, batches, training_examples
 from sst.evaluation import equivariance_error, repeatability
 from sst.extraction import Predictions, autocast
 from sst.geometry import SCORING_SIZE
@@ -139,6 +139,7 @@ class Trainer:
         # Without defaults: a later version may add a setting, whose default changes nothing.
         self.settings_hash = storage.sha256(self.settings.model_dump_json(exclude_defaults=True).encode())
         self.checkpoints = storage.join(self.run.url, "checkpoints")
+        self.undecodable = Undecodable()
 
     def __call__(self) -> LandmarkDetector:
         """Runs what is left of the run, from the latest checkpoint on; round 0 must be there.
@@ -283,6 +284,9 @@ class Trainer:
                 self._checkpoint(index, step + 1)
             if stop:
                 raise Stopped
+        reasons = {key: why for own in self.group.gather(self.undecodable.reasons) for key, why in own.items()}
+        if reasons:
+            self.tools.log({"kind": "undecodable", "samples": reasons})
 
     def _stop_asked(self) -> bool:
         """Whether the run is to end; all workers answer alike."""
@@ -299,7 +303,8 @@ class Trainer:
             # Two phases on the labels of one round do not exist, so the round tells them apart.
             derived_seed(self.settings.seed, DATA_SEED, phase.round) % 2**32,
         )
-        return batches(examples, self._batch_size(phase), self.settings.network.input_size, skip=done)
+        size, view = self._batch_size(phase), self.settings.network.input_size
+        return batches(examples, size, view, skip=done, bad=self.undecodable)
 
     def _batch_size(self, phase: Phase) -> int:
         size = self.settings.stage1.pairs if phase.stage == 1 else self.settings.stage2.batch

@@ -5,13 +5,26 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.shards import Labels
-from sst.data import balanced, batches, decode_to_view, rank_shards, shard_batches, training_examples
+from sst.config import KeypointSettings
+from sst.data import (
+    Example,
+    Undecodable,
+    balanced,
+    batches,
+    decode_to_view,
+    rank_shards,
+    shard_batches,
+    training_examples,
+)
+from sst.extraction import first_keypoints
 from sst.geometry import transform_points
-from sst.shards import Manifest, ShardInfo, read_shard
+from sst.keypoints import generic_detector
+from sst.shards import Manifest, RawSample, SampleMeta, ShardInfo, ShardWriter, read_shard
 from tests.small import write_toy
 
 
@@ -105,3 +118,48 @@ def test_shard_batches_keep_the_order(corpus):
     url, manifest = corpus
     keys = [k for b in shard_batches(url, manifest.shards[1], 64, 3) for k in b.keys]
     assert keys == [f"{i:09d}" for i in range(8, 16)]
+
+
+def examples_with(bad: set[int], count: int = 8) -> list[Example]:
+    """Images of which some are no images."""
+    samples = []
+    for number in range(count):
+        image = np.full((32, 32, 3), 10 * number % 250, np.uint8)
+        jpeg = b"\xff\xd8 no image" if number in bad else simplejpeg.encode_jpeg(image)
+        meta = SampleMeta(source=f"{number}.jpg", split="train", box=(0.0, 0.0, 32.0, 32.0))
+        samples.append(RawSample(f"{number:09d}", jpeg, meta))
+    return [Example(s, np.full((1, 2), n, np.float32), np.array([n], np.int16)) for n, s in enumerate(samples)]
+
+
+def test_in_place_of_an_undecodable_image_its_batch_has_the_next_one_with_its_labels():
+    counter = Undecodable()
+    made = list(batches(iter(examples_with({1, 2, 7})), 4, 32, skip=0, bad=counter))
+    assert [[int(key) for key in batch.keys] for batch in made] == [[0, 3, 3, 3], [4, 5, 6, 4]]
+    assert made[0].cluster[:, 0].tolist() == [0, 3, 3, 3] and (made[0].images[1] == made[0].images[3]).all()
+    assert counter.failed == 3 and counter.seen == 8 and set(counter.reasons) == {f"{n:09d}" for n in (1, 2, 7)}
+    assert "1.jpg" in counter.reasons["000000001"]
+
+
+def test_too_many_undecodable_images_stop_the_run_and_are_listed():
+    with pytest.raises(ValueError, match=r"6 of 500 images can't be decoded \(sample 000000000 \(0.jpg\)"):
+        list(batches(iter(examples_with(set(range(0, 495, 90)), 600)), 10, 32, skip=0))
+    few = Undecodable()
+    list(batches(iter(examples_with({3, 300}, 600)), 10, 32, skip=0, bad=few))
+    assert few.failed == 2
+
+
+def test_a_batch_without_any_image_is_an_error():
+    with pytest.raises(ValueError, match="no image of a batch can be decoded"):
+        list(batches(iter(examples_with({0, 1, 2, 3}, 4)), 4, 32, skip=0))
+
+
+def test_undecodable_images_keep_their_places_when_a_shard_is_gone_through(tmp_path):
+    with ShardWriter(str(tmp_path), "x") as writer:
+        for example in examples_with({1}, 4):
+            writer.add(example.sample.jpeg, example.sample.meta)
+    shard = Manifest.load(str(tmp_path)).shards[0]
+    batch = next(shard_batches(str(tmp_path), shard, 32, 4))
+    assert batch.keys == tuple(f"{n:09d}" for n in range(4))
+    assert (batch.images[1] == 128).all() and (batch.images[2] == 20).all()
+    keypoints, _ = first_keypoints(str(tmp_path), shard, generic_detector(KeypointSettings()), 32)
+    assert len(keypoints) == 4 and len(keypoints.sample(1)[0]) == 0
