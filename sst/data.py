@@ -191,8 +191,9 @@ class Undecodable:
             ValueError: if there are too many of them.
         """
         self.seen += 1
+        decoded = None
         try:
-            return decode_to_view(sample, size)
+            decoded = decode_to_view(sample, size)
         except ValueError as error:
             self.failed += 1
             if sample.key not in self.reasons:
@@ -203,7 +204,7 @@ class Undecodable:
             raise ValueError(
                 f"{self.failed} of {self.seen} images can't be decoded ({listed}); look at the corpus by jobs.validate"
             )
-        return None
+        return decoded
 
 
 def collate(
