@@ -26,6 +26,7 @@ from sst.lock import RunLock
 from sst.metrics import MetricsFile, MetricsReader
 from sst.model import ModelRecord, load_model
 from sst.pictures import all_predictions, draw_all, draw_round
+from sst.preflight import check_disk, check_nodes
 from sst.progress import Show, clock
 from sst.report import write_report
 from sst.round_making import Corpus
@@ -137,6 +138,7 @@ def train_run(
     generic_detector(settings.keypoints)
     check_local_cpus(settings.resources)
     corpus, run = open_corpus(storage.absolute(shards)), RunDirectory(storage.absolute(run_url))
+    check_disk(settings, sum(shard.samples for shard in corpus.manifest.shards), run.url)
     with terminable(), RunLock(run.url):
         is_new = claim(run, settings, corpus)
         try:
@@ -156,6 +158,7 @@ def tracked_run(
     try:
         with showing(run, settings, corpus, tracker) as show:
             gpu = start_ray(settings.resources)
+            check_nodes()
             actor = start_kmeans(settings, gpu)
             show.say(describe(settings, corpus, gpu, kmeans_backend(actor, settings)))
             metrics = MetricsFile(run.url)

@@ -29,6 +29,7 @@ from sst.interrupt import Stopped
 from sst.losses import descriptor_loss, detector_loss, landmark_loss, sample_descriptors
 from sst.model import keep_landmarks, save_model
 from sst.network import DetectorDescriptor, LandmarkDetector
+from sst.preflight import out_of_memory
 from sst.round_making import Corpus, RoundMaker, Tools, predict_shard, shard_symmetry
 from sst.rounds import LandmarkRecord, RoundRecord, RunDirectory
 from sst.schedule import Phase, derived_seed, learning_rate, plan
@@ -149,6 +150,7 @@ class Trainer:
 
         Raises:
             FloatingPointError: if losses stay without a finite value.
+            RuntimeError: if a GPU's memory is full; the message has what to try.
             Stopped: after a checkpoint, if `tools.stop` asks for it.
             ValueError: if a shard or record is damaged, or too few descriptors are found.
         """
@@ -157,7 +159,10 @@ class Trainer:
             record = self.run.record(phase.round)
             if phase.stage == 2 and isinstance(self.model, DetectorDescriptor):
                 self._start_stage2(len(record.active))
-            self._train(index, done if index == first else 0, record)
+            try:
+                self._train(index, done if index == first else 0, record)
+            except torch.OutOfMemoryError as error:
+                raise RuntimeError(out_of_memory(self.settings, phase.stage)) from error
             if index + 1 < len(self.phases) and not self.run.has_round(phase.round + 1):
                 self._make_round(record, phase.first_step + phase.steps)
         assert isinstance(self.model, LandmarkDetector)
