@@ -206,6 +206,11 @@ class ResourceSettings(Settings):
     """Optimizer steps between two checkpoints inside a phase."""
 
 
+SAFE_TO_CHANGE = tuple(name for name in ResourceSettings.model_fields if name != "precision")
+"""Resources with which a run may go on that began with others. With as many workers as before it goes on bit for bit;
+with another number the images come in another order."""
+
+
 class TrainSettings(Settings):
     """One run: method and resources. Where it lies and what it reads is told beside it."""
 
@@ -217,6 +222,13 @@ class TrainSettings(Settings):
     stage1: Stage1Settings = Stage1Settings()
     stage2: Stage2Settings = Stage2Settings()
     resources: ResourceSettings = ResourceSettings()
+
+    def method_json(self) -> str:
+        """What the result depends on, as text: without resources that are safe to change, and without defaults.
+
+        A later version may add a setting, whose default changes nothing; so defaults are left out.
+        """
+        return self.model_dump_json(exclude_defaults=True, exclude={"resources": set(SAFE_TO_CHANGE)})
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

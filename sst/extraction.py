@@ -112,7 +112,7 @@ def extract_descriptors(
     input_size: int,
     threshold: float,
     precision: str,
-) -> Descriptors:
+) -> tuple[Descriptors, int]:
     """Keypoints of the detector united with the previous labels, and their descriptors (paper, section 3.2).
 
     Args:
@@ -144,9 +144,14 @@ def extract_descriptors(
     shard_descriptors = Descriptors(
         np.cumsum(counts, dtype=np.int64), np.concatenate(points), np.concatenate(descriptors)
     )
-    # A zero or NaN row cannot be compared with anything (the published code met them as NaN).
-    rows = shard_descriptors.descriptors.astype(np.float32)
-    return shard_descriptors.keep(np.isfinite(rows).all(1) & ((rows**2).sum(1) > 0.5))
+    kept = usable(shard_descriptors.descriptors)
+    return shard_descriptors.keep(kept), int((~kept).sum())
+
+
+def usable(descriptors_ND: np.ndarray) -> np.ndarray:
+    """Which normalised descriptors can be compared: not zero, not NaN (the published code met them); bool (N,)."""
+    rows = descriptors_ND.astype(np.float32)
+    return np.asarray(np.isfinite(rows).all(1) & ((rows**2).sum(1) > 0.5))
 
 
 def _keypoint_maps(
@@ -245,9 +250,11 @@ def keypoint_equivariance(
         for row in range(len(batch.keys)):
             own = points[image == row]
             raw = sample_descriptors(desc[row : row + 1], own[None])[0]
-            match = assign(functional.normalize(raw, dim=-1).cpu().numpy(), centroids)
+            unit = functional.normalize(raw, dim=-1).cpu().numpy()
+            kept = usable(unit)
+            match = assign(unit[kept], centroids)
             sure = match.distance < thresholds[match.cluster]
-            result[row, match.cluster[sure]] = own.cpu().numpy()[match.point[sure]] * STRIDE
+            result[row, match.cluster[sure]] = own.cpu().numpy()[kept][match.point[sure]] * STRIDE
         return result
 
     moved = transform(warp, torch.from_numpy(found(None)).float().to(device)).cpu().numpy()

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from cluster import storage
 from sst.advice import landmark_facts, warnings_of
-from sst.config import TrainSettings
+from sst.config import SAFE_TO_CHANGE, TrainSettings
 from sst.distributed import check_local_cpus, kmeans_backend, ray_tools, start_kmeans, start_ray, train_on_workers
 from sst.errors import UserError
 from sst.evaluation import Scores
@@ -82,7 +82,8 @@ def claim(run: RunDirectory, settings: TrainSettings, corpus: Corpus) -> bool:
         with suppress(ValidationError):  # a setting that an earlier version did not know has its default
             before["settings"] = TrainSettings.model_validate(before["settings"]).model_dump(mode="json")
         # The same corpus may have moved: its manifest tells.
-        changed = differences(before | {"shards": corpus.url}, told)
+        safe = tuple(f"settings.resources.{name}:" for name in SAFE_TO_CHANGE)
+        changed = [line for line in differences(before | {"shards": corpus.url}, told) if not line.startswith(safe)]
         if changed:
             raise UserError(
                 f"{run.url} is a run with other settings or data ({'; '.join(changed)}); take another --name, or "

@@ -112,7 +112,7 @@ class RoundMaker:
             step: optimizer steps taken in the run.
         """
         number, started = previous.number + 1, time.monotonic()
-        rows = self._extract(model, previous)
+        rows, dropped = self._extract(model, previous)
         extracted = time.monotonic()
         if self.group.rank == 0:
             seed = derived_seed(self.settings.seed, ROUND_SEED, number)
@@ -137,7 +137,9 @@ class RoundMaker:
                 thresholds=found.thresholds.tolist(),
                 active=(found.population > self.settings.stage2.min_population).tolist(),
                 population=found.population.tolist(),
-                figures=correspondence_figures(found) | self._persistence(previous, found.thresholds, number),
+                figures=correspondence_figures(found)
+                | {"unusable_descriptors": dropped}
+                | self._persistence(previous, found.thresholds, number),
                 seconds={"extract": extracted - started, "correspond": time.monotonic() - extracted},
             )
             moved = self._equivariance(model, found)
@@ -213,11 +215,15 @@ class RoundMaker:
     def _progress(self, what: str, done: int) -> None:
         self.tools.log({"kind": "shards", "what": what, "done": done, "total": len(self._mine())})
 
-    def _extract(self, model: DetectorDescriptor, previous: RoundRecord) -> dict[str, int]:
-        """Writes the descriptor shards of this worker; returns the rows of all workers' shards."""
-        rows = {}
+    def _extract(self, model: DetectorDescriptor, previous: RoundRecord) -> tuple[dict[str, int], int]:
+        """Writes the descriptor shards of this worker.
+
+        Returns:
+            The rows of all workers' shards, and how many descriptors all workers dropped as unusable.
+        """
+        rows, dropped = {}, 0
         for done, shard in enumerate(self._mine(), start=1):
-            descriptors = extract_descriptors(
+            descriptors, lost = extract_descriptors(
                 model,
                 self.corpus.url,
                 shard,
@@ -228,8 +234,10 @@ class RoundMaker:
             )
             descriptors.save(descriptors_url(self.run.round_url(previous.number + 1), shard.file))
             rows[shard.file] = len(descriptors.points)
+            dropped += lost
             self._progress("extract", done)
-        return {file: count for own in self.group.gather(rows) for file, count in own.items()}
+        everyone = {file: count for own in self.group.gather(rows) for file, count in own.items()}
+        return everyone, sum(self.group.gather(dropped))
 
     def _persistence(self, previous: RoundRecord, thresholds: np.ndarray, number: int) -> dict[str, float]:
         if previous.kind != "correspondence":

@@ -137,8 +137,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.rounds = RoundMaker(self.settings, self.corpus, self.run, self.group, self.tools)
         self.phases = plan(self.settings, sum(shard.samples for shard in self.corpus.train))
-        # Without defaults: a later version may add a setting, whose default changes nothing.
-        self.settings_hash = storage.sha256(self.settings.model_dump_json(exclude_defaults=True).encode())
+        self.settings_hash = storage.sha256(self.settings.method_json().encode())
         self.checkpoints = storage.join(self.run.url, "checkpoints")
         self.undecodable = Undecodable()
 

@@ -214,7 +214,7 @@ def extracted(model: DetectorDescriptor, corpus: Corpus) -> list[Descriptors]:
             input_size=64,
             threshold=0.0,
             precision="float32",
-        )
+        )[0]
         for shard in corpus.train
     ]
 

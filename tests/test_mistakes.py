@@ -10,6 +10,7 @@ from PIL import Image
 from jobs import evaluate, export, import_checkpoint, pack, predict, train
 from jobs import name as naming
 from sst.config import PRESETS
+from sst.errors import UserError
 from sst.model import save_model
 from sst.network import LandmarkDetector
 from sst.pipeline import claim, open_corpus
@@ -59,6 +60,17 @@ def test_a_run_of_an_earlier_version_without_a_setting_goes_on(tmp_path):
     del told["settings"]["stage2"]["flip_share"]
     (tmp_path / "settings.json").write_text(json.dumps(told))
     assert claim(run, settings, corpus) is False
+
+
+def test_resources_may_change_between_starts_but_not_the_arithmetic(tmp_path):
+    write_toy(str(tmp_path / "shards"), train=16, test=4)
+    corpus, run, settings = open_corpus(str(tmp_path / "shards")), RunDirectory(str(tmp_path)), PRESETS["toy-cpu"][1]
+    claim(run, settings, corpus)
+    resources = settings.resources.model_copy(update={"workers": 1, "checkpoint_steps": 7, "max_failures": 0})
+    assert claim(run, settings.model_copy(update={"resources": resources}), corpus) is False
+    exact = settings.resources.model_copy(update={"precision": "float32"})
+    with pytest.raises(UserError, match="settings.resources.precision: bf16 -> float32"):
+        claim(run, settings.model_copy(update={"resources": exact}), corpus)
 
 
 CSV = "file,box_x0,box_y0,box_x1,box_y1,x0,y0\n"

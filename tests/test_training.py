@@ -2,16 +2,21 @@
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 
-from sst.checkpoint import latest_checkpoint
+from sst import extraction
+from sst.checkpoint import latest_checkpoint, write_checkpoint
 from sst.config import PRESETS, Stage1Settings, Stage2Settings, TrainSettings
 from sst.evaluation import repeatability
 from sst.interrupt import Stopped
 from sst.model import keep_landmarks, load_model
 from sst.network import LandmarkDetector
+from sst.round_making import Tools
 from sst.rounds import RunDirectory
 from sst.schedule import derived_seed, learning_rate, plan
+from sst.shards import SampleMeta, ShardWriter
+from sst.toy import draw
 from sst.training import stage1_losses, stage2_losses
 from tests.small import SETTINGS, local_tools, train_locally, write_toy
 
@@ -255,3 +260,73 @@ def test_only_the_steadiest_landmarks_are_kept_and_mirrored_images_are_trained_o
     assert partners[0] is None and all(own is not None for own in partners[-2:])
     for own, round_ in zip(partners[-2:], run.records()[-2:], strict=True):
         assert all(j == -1 or (own[j] == k and round_.active[k] and round_.active[j]) for k, j in enumerate(own))
+
+
+def test_a_run_goes_on_with_other_resources(corpus, tmp_path):
+    stopping = local_tools([])
+    stopping = Tools(stopping.fit, log=stopping.log, stop=lambda: True)
+    long = SETTINGS.model_copy(update={"stage1": SETTINGS.stage1.model_copy(update={"warmup_iterations": 24})})
+    with pytest.raises(Stopped):
+        train_locally(corpus, str(tmp_path), stopping, long)
+    other = long.model_copy(update={"resources": long.resources.model_copy(update={"checkpoint_steps": 7})})
+    lines: list[dict] = []
+    train_locally(corpus, str(tmp_path), local_tools(lines), other)
+    assert [line["step"] for line in lines if line["kind"] == "resume"] == [20]
+    load_model(RunDirectory(str(tmp_path)).model_url)
+
+
+def test_checkpoints_are_kept_so_that_a_valid_one_is_always_there(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.RMSprop(model.parameters())
+
+    def write(step: int) -> list[int]:
+        position = {"step": step, "phase": 0, "phase_step": step, "stage": 1, "settings": ""}
+        write_checkpoint(str(tmp_path), model, optimizer, **position)
+        return sorted(int(path.name) for path in tmp_path.iterdir())
+
+    assert [write(step) for step in (10, 20, 30)] == [[10], [10, 20], [20, 30]]
+    # A crash between two files of a later one, and an unknown file.
+    (tmp_path / f"{40:010d}").mkdir()
+    (tmp_path / f"{40:010d}" / "model.safetensors").write_bytes(b"half")
+    found = latest_checkpoint(str(tmp_path))
+    assert found is not None and found[0].step == 30
+    assert write(35) == [30, 35]
+    # The newest is damaged: training goes on from the one before, and what it writes there outlives the damaged one.
+    (tmp_path / f"{35:010d}" / "model.safetensors").write_bytes(b"damaged")
+    assert write(32) == [30, 32]
+
+
+def test_images_without_any_keypoint_are_legal_everywhere(tmp_path):
+    with ShardWriter(str(tmp_path / "corpus"), "toy", "toy", 16) as writer:
+        for index in range(56):
+            drawn = draw(5, index, 96)
+            x0, y0, x1, y1 = map(float, drawn.box)
+            image = np.full_like(drawn.image, 128) if index % 3 == 0 or index >= 48 else drawn.image
+            meta = SampleMeta(source=str(index), split="train" if index < 48 else "test", box=(x0, y0, x1, y1))
+            writer.add(simplejpeg.encode_jpeg(np.ascontiguousarray(image), 95), meta)
+    trainer = train_locally(str(tmp_path / "corpus"), str(tmp_path / "run"), local_tools([]))
+    run = RunDirectory(str(tmp_path / "run"))
+    for record in run.records():
+        for number, shard in enumerate(trainer.corpus.train):
+            labels = run.labels(record, shard.file)
+            assert len(labels) == shard.samples
+            if record.number == 0:
+                grey = [row for row in range(shard.samples) if (16 * number + row) % 3 == 0]
+                assert grey and all(len(labels.sample(row)[0]) == 0 for row in grey)
+    assert len(load_model(run.model_url)[1].clusters) > 0
+
+
+def test_descriptors_that_are_zero_or_not_finite_are_dropped_and_counted(corpus, monkeypatch, tmp_path):
+    sample = extraction.sample_descriptors
+
+    def spoilt(desc, points):
+        rows = sample(desc, points)
+        rows[:, 0] = float("nan")
+        rows[:, 1] = 0.0
+        return rows
+
+    monkeypatch.setattr(extraction, "sample_descriptors", spoilt)
+    lines: list[dict] = []
+    train_locally(corpus, str(tmp_path), local_tools(lines))
+    dropped = [line["unusable_descriptors"] for line in lines if "unusable_descriptors" in line]
+    assert len(dropped) == 3 and all(number > 48 for number in dropped)
