@@ -184,3 +184,12 @@ def test_python_blocks_of_the_docs_compile():
         for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
             compile(block, page, "exec")
     assert sys.version_info >= (3, 11)
+
+
+@pytest.mark.parametrize("page", ["docs/reliability.md", "docs/security.md"])
+def test_every_test_that_a_page_names_exists(page):
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    text = (ROOT / page).read_text()
+    named = re.findall(r"`(test_\w+)`", text)
+    assert len(named) >= 10 and [name for name in named if f"def {name}(" not in tests] == []
+    assert all((ROOT / "tests" / name).exists() for name in re.findall(r"`(test_\w+\.py)`", text))
