@@ -191,5 +191,5 @@ def test_every_test_that_a_page_names_exists(page):
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
     text = (ROOT / page).read_text()
     named = re.findall(r"`(test_\w+)`", text)
-    assert len(named) >= 10 and [name for name in named if f"def {name}(" not in tests] == []
+    assert len(named) >= 8 and [name for name in named if f"def {name}(" not in tests] == []
     assert all((ROOT / "tests" / name).exists() for name in re.findall(r"`(test_\w+\.py)`", text))

@@ -91,3 +91,54 @@ def test_a_killed_process_costs_nothing_of_the_result(undisturbed, folder, shard
 
 NO_CHECKPOINT_YET: tuple[str, ...] = ()
 """Places that a run reaches before its first checkpoint."""
+
+
+NODES = """
+import json, os, sys, threading, time
+from pathlib import Path
+import psutil, ray
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": {
+    "health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}})
+nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+ray.init(address=cluster.address, log_to_driver=False)
+metrics, marker = Path(os.environ["METRICS"]), Path(os.environ["LOST"])
+
+def has_worker(node):
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    return any("RayTrainWorker" in " ".join(child.cmdline()) for child in raylet.children())
+
+def lose():
+    while not metrics.exists() or metrics.read_text().count('"kind": "step"') < 3:
+        time.sleep(0.1)
+    lost = next(node for node in nodes if has_worker(node))
+    marker.write_text(str(len(ray.nodes())))
+    cluster.remove_node(lost, allow_graceful=False)
+
+threading.Thread(target=lose, daemon=True).start()
+from jobs.train import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_lost_node_costs_nothing_of_the_result(undisturbed, folder, shards):
+    """Three nodes of one machine; one that trains is taken away, the other two finish."""
+    run, lost = folder / "runs" / "node", folder / "node.lost"
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "FAULT")}
+    environment |= {"PYTHONPATH": os.getcwd(), "RAY_AUTH_MODE": "disabled", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+    environment |= {"METRICS": str(run / "metrics.jsonl"), "LOST": str(lost)}
+    done = subprocess.run(
+        [sys.executable, "-c", NODES, *arguments(folder, shards, "node")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        start_new_session=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert lost.read_text() == "3"
+    assert model_bytes(run) == model_bytes(undisturbed)
+    assert all_labels(run) == all_labels(undisturbed)
+    assert "resume" in [line["kind"] for line in lines(run)]

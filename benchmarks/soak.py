@@ -1,0 +1,175 @@
+"""Does a run survive an hour of being killed? `python -m benchmarks.soak --minutes 60 --every 120`.
+
+Trains on the embedded corpus twice, with equal settings: once undisturbed, once while a process of the run (a worker,
+the k-means actor or the driver) is killed at random about every so many seconds; a killed driver's command is given
+again.
+Says whether both ended with equal weights and labels, how much time a kill cost, whether memory grew, and what was left
+over.
+"""
+
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from sst.config import PRESETS, TrainSettings
+from sst.own import scaled
+
+DEMO_MINUTES = 8.0
+"""What the toy-cpu preset takes on two cores."""
+
+VICTIMS = {"worker": "RayTrainWorker", "k-means actor": "KMeansActor"}
+
+
+@dataclass
+class Observed:
+    """What was seen of one run.
+
+    Attributes:
+        seconds: wall time.
+        kills: how often each kind of process was killed.
+        memory: (seconds, proportional memory of all processes in MB) every few seconds.
+    """
+
+    seconds: float = 0.0
+    kills: dict[str, int] = field(default_factory=dict)
+    memory: list[tuple[float, float]] = field(default_factory=list)
+
+
+def arguments(settings: TrainSettings, folder: Path, name: str) -> list[str]:
+    """The command line of a run with these settings."""
+    one, two = settings.stage1, settings.stage2
+    told = {
+        "shards": folder / "shards", "name": name, "runs": folder / "runs", "tracking": f"sqlite:///{folder}/mlflow.db",
+        "stage1.warmup-iterations": one.warmup_iterations, "stage1.rounds": one.rounds,
+        "stage1.round-iterations": one.round_iterations, "stage2.iterations": two.iterations,
+        "stage2.merge-after": two.merge_after, "stage2.merge-every": two.merge_every,
+        "resources.max-failures": 1_000, "resources.checkpoint-steps": 100,
+    }  # fmt: skip
+    words = [word for option, value in told.items() for word in (f"--{option}", str(value))]
+    milestones = ["--stage2.milestones", *map(str, two.milestones)]
+    return [sys.executable, "-m", "jobs.train", "toy-cpu", *words, *milestones]
+
+
+def tree(process: psutil.Popen) -> list[psutil.Process]:
+    """A process and all below it."""
+    try:
+        return [process, *process.children(recursive=True)]
+    except psutil.Error:
+        return []
+
+
+def memory_mb(process: psutil.Popen) -> float:
+    """Proportional set sizes of a process and all below it, in MB."""
+    total = 0.0
+    for each in tree(process):
+        try:
+            total += each.memory_full_info().pss / 1e6
+        except psutil.Error:
+            continue
+    return total
+
+
+def kill_one(process: psutil.Popen, rng: random.Random) -> str | None:
+    """Kills a random process of the run; returns its kind, or None where there is none of the kind drawn."""
+    kind = rng.choice(["worker", "worker", "k-means actor", "driver"])
+    if kind == "driver":
+        for each in tree(process):
+            each.kill()
+        return kind
+    found = []
+    for each in tree(process):
+        try:
+            if VICTIMS[kind] in " ".join(each.cmdline()):
+                found.append(each)
+        except psutil.Error:
+            continue
+    if not found:
+        return None
+    rng.choice(found).kill()
+    return kind
+
+
+def watch(command: list[str], every: float | None, seed: int) -> Observed:
+    """Runs a command to its good end, killing if asked.
+
+    Raises:
+        RuntimeError: if it ends with an error that nobody killed it for.
+    """
+    seen, rng, started = Observed(), random.Random(seed), time.monotonic()
+    next_kill = started + (every or 0) * rng.uniform(0.5, 1.5)
+    while True:
+        process, driver_killed = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE), False
+        while process.poll() is None:
+            seen.memory.append((time.monotonic() - started, memory_mb(process)))
+            time.sleep(3)
+            if every and time.monotonic() > next_kill and (kind := kill_one(process, rng)):
+                seen.kills[kind] = seen.kills.get(kind, 0) + 1
+                next_kill = time.monotonic() + every * rng.uniform(0.5, 1.5)
+                driver_killed = kind == "driver"
+                print(f"{time.monotonic() - started:6.0f} s: killed the {kind}", flush=True)
+        if process.returncode == 0:
+            seen.seconds = time.monotonic() - started
+            return seen
+        if not driver_killed:
+            assert process.stderr is not None
+            raise RuntimeError(f"exit code {process.returncode}: {process.stderr.read().decode()[-2000:]}")
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Weights and labels of a run, by name."""
+    kept = [*run.glob("model/*"), *run.glob("rounds/*/labels/*"), *run.glob("predictions/*")]
+    return {str(path.relative_to(run)): path.read_bytes() for path in kept}
+
+
+def names(run: Path) -> set[str]:
+    """Files of a run, apart from Ray's own."""
+    every = (path.relative_to(run) for path in run.rglob("*") if path.is_file())
+    return {str(path) for path in every if path.parts[0] != "ray"}
+
+
+def main(minutes: float = 60.0, every: float = 120.0, seed: int = 0, images: int = 2000) -> None:
+    """Prints what was seen.
+
+    Args:
+        minutes: of the disturbed run, about.
+        every: seconds between two kills, about.
+        seed: of the kills.
+        images: drawings to train on.
+    """
+    settings = scaled(PRESETS["toy-cpu"][1], 0.6 * minutes / DEMO_MINUTES)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        pack = f"toy --count {images} --out {folder}/shards".split()
+        subprocess.run([sys.executable, "-m", "jobs.pack", *pack], check=True, stdout=subprocess.DEVNULL)
+        calm = watch(arguments(settings, folder, "calm"), None, seed)
+        print(f"undisturbed: {calm.seconds:.0f} s", flush=True)
+        wild = watch(arguments(settings, folder, "wild"), every, seed)
+        runs = folder / "runs"
+        equal = contents(runs / "calm") == contents(runs / "wild")
+        left_over = sorted(names(runs / "wild") - names(runs / "calm"))
+    kills = sum(wild.kills.values())
+    thirds = [[mb for at, mb in wild.memory if part <= 3 * at / wild.seconds < part + 1] or [0.0] for part in range(3)]
+    table = Table("", "undisturbed", "disturbed", title=f"soak of {minutes:g} minutes, a kill about every {every:g} s")
+    table.add_row("seconds", f"{calm.seconds:.0f}", f"{wild.seconds:.0f}")
+    table.add_row("kills", "0", ", ".join(f"{count} x {kind}" for kind, count in sorted(wild.kills.items())))
+    table.add_row("seconds lost per kill", "", f"{(wild.seconds - calm.seconds) / max(1, kills):.1f}")
+    peaks = " / ".join(f"{max(part):.0f}" for part in thirds)
+    table.add_row("peak memory, MB", f"{max(mb for _, mb in calm.memory):.0f}", f"{peaks} (by thirds)")
+    table.add_row("weights, labels, predictions", "", "equal, bit for bit" if equal else "DIFFERENT")
+    table.add_row("files left over", "", ", ".join(left_over) or "none")
+    Console().print(table)
+    if not equal or left_over:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
