@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -53,6 +54,8 @@ def trapped(function, place: str, at: int):
 
 
 def fire(marker: Path, fault: dict) -> None:
+    if marker.exists():
+        return
     found = victims(fault)
     if not found:
         return  # nobody of that kind yet: a later call will fire
@@ -72,4 +75,8 @@ def victims(fault: dict) -> list[psutil.Process]:
         return [psutil.Process(fault["driver"])]
     raylet = psutil.Process(os.getppid())
     title = {"worker": "RayTrainWorker", "actor": "KMeansActor"}[fault["victim"]]
-    return [child for child in raylet.children() if title in " ".join(child.cmdline())][:1]
+    for child in raylet.children():
+        with suppress(psutil.Error):  # it has just ended
+            if title in " ".join(child.cmdline()):
+                return [child]
+    return []

@@ -89,7 +89,7 @@ def test_a_killed_process_costs_nothing_of_the_result(undisturbed, folder, shard
     assert ("resume" in kinds) == (victim == "worker" or (victim == "driver" and place not in NO_CHECKPOINT_YET))
 
 
-NO_CHECKPOINT_YET: tuple[str, ...] = ()
+NO_CHECKPOINT_YET = ("assignment",)
 """Places that a run reaches before its first checkpoint."""
 
 
