@@ -3,7 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-all check clean
+.PHONY: install demo test test-all check clean
+
+## Everything that the commands need, in .venv.
+install: $(INSTALLED)
 
 ## Trains on the embedded corpus of drawings: about ten minutes on two cores after set-up.
 demo: $(INSTALLED)

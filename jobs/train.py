@@ -26,7 +26,7 @@ from sst.corpora import folder
 from sst.errors import UserError, exit_on_user_error
 from sst.own import choose, expected_seconds, measure, reasons, this_machine, within
 from sst.pipeline import Outcome, differences, open_corpus, percent, train_run
-from sst.progress import clock
+from sst.progress import duration
 from sst.shards import MANIFEST
 from sst.tracking import redact
 
@@ -168,7 +168,7 @@ def own_settings(command: OwnCommand, images: int, run_url: str) -> TrainSetting
     if images < FEW_IMAGES:
         print(f"note: {images} training images are few; from {FEW_IMAGES} on landmarks are more and steadier")
     print(
-        f"about {clock(expected_seconds(settings, images, speed))} (hours:minutes:seconds, or minutes:seconds) and "
+        f"about {duration(expected_seconds(settings, images, speed))} and "
         f"{speed.memory_gb:.1f} GB of {'GPU ' if machine.gpus else ''}memory; results will lie in {run_url}. "
         "Stopped by Ctrl-C or by accident, the same command goes on.",
         flush=True,

@@ -46,6 +46,14 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: "27 minutes", "3.4 hours", "2.1 days"."""
+    minutes = max(1, round(seconds / 60))
+    if minutes < 100:
+        return f"{minutes} minute{'s' if minutes > 1 else ''}"
+    return f"{seconds / 3600:.1f} hours" if seconds < 2 * 86400 else f"{seconds / 86400:.1f} days"
+
+
 def step_line(line: dict[str, Any], left: str) -> str:
     """One fixed-width line of a step's figures."""
     losses = " ".join(f"{name} {line[name]:8.5f}" for name in ("loss", "detector", "descriptor") if name in line)

@@ -11,7 +11,7 @@ from sst import figures
 from sst.advice import Warned, landmark_facts
 from sst.metrics import MetricsFile, MetricsReader
 from sst.pictures import png
-from sst.progress import TimeLeft, clock, round_line, step_line
+from sst.progress import TimeLeft, clock, duration, round_line, step_line
 from sst.report import ReportFigure, write_report
 from sst.schedule import Phase
 from sst.tracking import flatten
@@ -139,3 +139,8 @@ def test_time_left_follows_the_measured_speed():
 
 def test_settings_are_flat_parameters():
     assert flatten({"a": {"b": 1, "c": {"d": "x"}}, "e": (1, 2)}) == {"a.b": "1", "a.c.d": "x", "e": "(1, 2)"}
+
+
+def test_durations_are_said_as_people_say_them():
+    said = [duration(seconds) for seconds in (3, 60, 1650, 7200, 200_000)]
+    assert said == ["1 minute", "1 minute", "28 minutes", "2.0 hours", "2.3 days"]
