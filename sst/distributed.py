@@ -52,7 +52,9 @@ def start_ray(resources: ResourceSettings) -> bool:
     import ray
 
     if not ray.is_initialized():
-        ray.init(num_cpus=None if joins else usable_cpus(), logging_level=logging.WARNING, log_to_driver=False)
+        # Without an address Ray would join whatever cluster last ran on this machine.
+        where: dict[str, Any] = {} if joins else {"address": "local", "num_cpus": usable_cpus()}
+        ray.init(logging_level=logging.WARNING, log_to_driver=False, **where)
     have = ray.cluster_resources()
     gpus = have.get("GPU", 0.0)
     enough = gpus >= resources.workers * resources.worker_gpus

@@ -3,6 +3,7 @@
 import _thread
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -158,7 +159,8 @@ class RunLock:
                 if found is not None and found.owner != self.record.owner:
                     # This process slept so long that another one took the run: two must not write it.
                     self.lost = True
-                    _thread.interrupt_main()
+                    # Not SIGINT, which a run in a script's background ignores; see `sst.interrupt.terminable`.
+                    _thread.interrupt_main(signal.SIGTERM)
                     return
                 self.record = self.record.model_copy(update={"beat": self.record.beat + 1})
                 storage.write_bytes(self.url, self._bytes())

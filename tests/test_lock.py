@@ -11,6 +11,7 @@ import pytest
 from cluster import storage
 from sst import lock
 from sst.errors import UserError
+from sst.interrupt import Terminated, terminable
 from sst.lock import LockRecord, RunLock
 
 HOLD = """
@@ -96,7 +97,7 @@ def test_signs_of_life_are_given(impatient, tmp_path):
 
 def test_an_owner_that_was_overtaken_stops(impatient, tmp_path):
     mine = RunLock(str(tmp_path))
-    with pytest.raises(KeyboardInterrupt), mine:
+    with pytest.raises(Terminated), terminable(), mine:
         for beat in range(100):  # as the other one does, which may fall between this one's look and its own beat
             of_another_machine(str(tmp_path), beat)
             time.sleep(0.05)

@@ -13,7 +13,7 @@ from tests.test_ray_run import all_labels, arguments, lines, model_bytes
 DRIVER = """
 import json, os, sys
 import ray
-ray.init(num_cpus=2, log_to_driver=False, runtime_env={"worker_process_setup_hook": "tests.injector.install"})
+ray.init("local", num_cpus=2, log_to_driver=False, runtime_env={"worker_process_setup_hook": "tests.injector.install"})
 if "FAULT" in os.environ:
     told = json.load(open(os.environ["FAULT"]))
     json.dump(told | {"driver": os.getpid()}, open(os.environ["FAULT"], "w"))
@@ -118,7 +118,11 @@ def lose():
 
 threading.Thread(target=lose, daemon=True).start()
 from jobs.train import main
-main(sys.argv[1:])
+try:
+    main(sys.argv[1:])
+finally:
+    ray.shutdown()
+    cluster.shutdown()
 """
 
 

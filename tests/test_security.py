@@ -265,6 +265,13 @@ def test_safetensors_of_a_wrong_shape_is_an_error_not_a_crash(tmp_path):
         load_model(str(tmp_path))
 
 
+def cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has just ended
+        return []
+
+
 def test_nobody_else_can_use_the_cluster_that_a_run_starts():
     """Its dashboard listens on loopback only; Ray's other servers, on all interfaces, want the run's token."""
     script = (
@@ -282,8 +289,8 @@ def test_nobody_else_can_use_the_cluster_that_a_run_starts():
     try:
         assert process.stdout is not None
         address = process.stdout.readline().strip()
-        everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        dashboard = next(each for each in everyone if any("dashboard.py" in part for part in each.cmdline()))
+        everyone = psutil.Process(process.pid).children(recursive=True)
+        dashboard = next(each for each in everyone if "dashboard.py" in " ".join(cmdline(each)))
         listening = [c.laddr.ip for c in dashboard.net_connections("inet") if c.status == psutil.CONN_LISTEN]
         assert listening and set(listening) <= {"127.0.0.1", "::1"}
         stranger = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print(ray.cluster_resources())"
