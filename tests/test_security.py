@@ -265,9 +265,13 @@ def test_safetensors_of_a_wrong_shape_is_an_error_not_a_crash(tmp_path):
         load_model(str(tmp_path))
 
 
-def cmdline(process: psutil.Process) -> list[str]:
+def children(process: int) -> list[int]:
+    return [each.pid for each in psutil.Process(process).children(recursive=True)]
+
+
+def connections(process: int) -> list:
     try:
-        return process.cmdline()
+        return [c for c in psutil.Process(process).net_connections("inet") if c.status == psutil.CONN_LISTEN]
     except psutil.Error:  # it has just ended
         return []
 
@@ -279,7 +283,8 @@ def test_nobody_else_can_use_the_cluster_that_a_run_starts():
         "start_ray(ResourceSettings(workers=1))\nimport ray, sys\n"
         "@ray.remote\ndef work():\n    return 7\n"
         "assert ray.get(work.remote()) == 7\n"
-        "print(ray.get_runtime_context().gcs_address, flush=True)\nsys.stdin.read()"
+        "print(ray.get_runtime_context().gcs_address)\n"
+        "print(ray._private.worker._global_node.webui_url, flush=True)\nsys.stdin.read()"
     )
     hidden = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
     environment = {k: v for k, v in os.environ.items() if k not in hidden} | {"PYTHONPATH": str(ROOT)}
@@ -289,10 +294,10 @@ def test_nobody_else_can_use_the_cluster_that_a_run_starts():
     try:
         assert process.stdout is not None
         address = process.stdout.readline().strip()
-        everyone = psutil.Process(process.pid).children(recursive=True)
-        dashboard = next(each for each in everyone if "dashboard.py" in " ".join(cmdline(each)))
-        listening = [c.laddr.ip for c in dashboard.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-        assert listening and set(listening) <= {"127.0.0.1", "::1"}
+        host, _, port = process.stdout.readline().strip().rpartition(":")
+        assert host == "127.0.0.1"
+        listening = [c for each in [process.pid, *children(process.pid)] for c in connections(each)]
+        assert {c.laddr.ip for c in listening if c.laddr.port == int(port)} == {"127.0.0.1"}
         stranger = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print(ray.cluster_resources())"
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
         tried = subprocess.run(
