@@ -4,10 +4,12 @@ Trains on the embedded corpus twice, with equal settings: once undisturbed, once
 the k-means actor or the driver) is killed at random about every so many seconds; a killed driver's command is given
 again.
 Says whether both ended with equal weights and labels, how much time a kill cost, whether memory grew, and what was left
-over.
+over. A kill is recovered from when the run is further than it was at the kill, lost steps done again.
 """
 
+import json
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,11 +39,13 @@ class Observed:
         seconds: wall time.
         kills: how often each kind of process was killed.
         memory: (seconds, proportional memory of all processes in MB) every few seconds.
+        recoveries: seconds from a kill to new progress, by kind of process.
     """
 
     seconds: float = 0.0
     kills: dict[str, int] = field(default_factory=dict)
     memory: list[tuple[float, float]] = field(default_factory=list)
+    recoveries: dict[str, list[float]] = field(default_factory=dict)
 
 
 def arguments(settings: TrainSettings, folder: Path, name: str) -> list[str]:
@@ -98,7 +102,20 @@ def kill_one(process: psutil.Popen, rng: random.Random) -> str | None:
     return kind
 
 
-def watch(command: list[str], every: float | None, seed: int) -> Observed:
+def progress(run: Path) -> tuple[int, int]:
+    """(steps, kinds of lines): how far a run has ever been; a line written again does not count."""
+    lines, step, seen = run / "metrics.jsonl", 0, set()
+    for raw in lines.read_text().splitlines() if lines.exists() else []:
+        try:
+            line = json.loads(raw)
+        except ValueError:
+            continue
+        step = max(step, line.get("step", 0))
+        seen.add((line.get("kind"), line.get("what"), line.get("done"), line.get("round"), step))
+    return step, len(seen)
+
+
+def watch(command: list[str], run: Path, every: float | None, seed: int) -> Observed:
     """Runs a command to its good end, killing if asked.
 
     Raises:
@@ -106,22 +123,31 @@ def watch(command: list[str], every: float | None, seed: int) -> Observed:
     """
     seen, rng, started = Observed(), random.Random(seed), time.monotonic()
     next_kill = started + (every or 0) * rng.uniform(0.5, 1.5)
+    hurt: tuple[str, float, tuple[int, int]] | None = None
     while True:
-        process, driver_killed = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE), False
+        errors = tempfile.TemporaryFile()  # a pipe that nobody reads would stop the run when it is full
+        process, driver_killed = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=errors), False
         while process.poll() is None:
             seen.memory.append((time.monotonic() - started, memory_mb(process)))
-            time.sleep(3)
+            time.sleep(2)
+            if hurt and progress(run) > hurt[2]:
+                kind, at, _ = hurt
+                seen.recoveries.setdefault(kind, []).append(time.monotonic() - at)
+                print(f"{time.monotonic() - started:6.0f} s: further than before", flush=True)
+                hurt = None
+            before = progress(run)
             if every and time.monotonic() > next_kill and (kind := kill_one(process, rng)):
                 seen.kills[kind] = seen.kills.get(kind, 0) + 1
                 next_kill = time.monotonic() + every * rng.uniform(0.5, 1.5)
                 driver_killed = kind == "driver"
+                hurt = hurt or (kind, time.monotonic(), before)
                 print(f"{time.monotonic() - started:6.0f} s: killed the {kind}", flush=True)
         if process.returncode == 0:
             seen.seconds = time.monotonic() - started
             return seen
         if not driver_killed:
-            assert process.stderr is not None
-            raise RuntimeError(f"exit code {process.returncode}: {process.stderr.read().decode()[-2000:]}")
+            errors.seek(0)
+            raise RuntimeError(f"exit code {process.returncode}: {errors.read().decode()[-2000:]}")
 
 
 def contents(run: Path) -> dict[str, bytes]:
@@ -150,10 +176,10 @@ def main(minutes: float = 60.0, every: float = 120.0, seed: int = 0, images: int
         folder = Path(scratch)
         pack = f"toy --count {images} --out {folder}/shards".split()
         subprocess.run([sys.executable, "-m", "jobs.pack", *pack], check=True, stdout=subprocess.DEVNULL)
-        calm = watch(arguments(settings, folder, "calm"), None, seed)
-        print(f"undisturbed: {calm.seconds:.0f} s", flush=True)
-        wild = watch(arguments(settings, folder, "wild"), every, seed)
         runs = folder / "runs"
+        calm = watch(arguments(settings, folder, "calm"), runs / "calm", None, seed)
+        print(f"undisturbed: {calm.seconds:.0f} s", flush=True)
+        wild = watch(arguments(settings, folder, "wild"), runs / "wild", every, seed)
         equal = contents(runs / "calm") == contents(runs / "wild")
         left_over = sorted(names(runs / "wild") - names(runs / "calm"))
     kills = sum(wild.kills.values())
@@ -162,6 +188,9 @@ def main(minutes: float = 60.0, every: float = 120.0, seed: int = 0, images: int
     table.add_row("seconds", f"{calm.seconds:.0f}", f"{wild.seconds:.0f}")
     table.add_row("kills", "0", ", ".join(f"{count} x {kind}" for kind, count in sorted(wild.kills.items())))
     table.add_row("seconds lost per kill", "", f"{(wild.seconds - calm.seconds) / max(1, kills):.1f}")
+    for kind, seconds in sorted(wild.recoveries.items()):
+        spread = f"{statistics.median(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f})"
+        table.add_row(f"seconds to new progress, {kind} killed", "", spread)
     peaks = " / ".join(f"{max(part):.0f}" for part in thirds)
     table.add_row("peak memory, MB", f"{max(mb for _, mb in calm.memory):.0f}", f"{peaks} (by thirds)")
     table.add_row("weights, labels, predictions", "", "equal, bit for bit" if equal else "DIFFERENT")
