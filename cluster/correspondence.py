@@ -41,6 +41,11 @@ class Correspondence:
     images: int
 
 
+def shard_url(folder: str, shard: str) -> str:
+    """What a folder holds for an image shard."""
+    return storage.join(folder, shard.removesuffix(".tar") + ".npz")
+
+
 def descriptors_folder(round_url: str) -> str:
     """Where a round keeps descriptors until it is complete."""
     return storage.join(round_url, "descriptors")
@@ -48,16 +53,17 @@ def descriptors_folder(round_url: str) -> str:
 
 def descriptors_url(round_url: str, shard: str) -> str:
     """Where a round keeps the descriptors of an image shard."""
-    return storage.join(descriptors_folder(round_url), shard.removesuffix(".tar") + ".npz")
+    return shard_url(descriptors_folder(round_url), shard)
 
 
 def labels_url(round_url: str, shard: str) -> str:
     """Where a round keeps the labels of an image shard."""
-    return storage.join(round_url, "labels", shard.removesuffix(".tar") + ".npz")
+    return shard_url(storage.join(round_url, "labels"), shard)
 
 
 def correspond(
     round_url: str,
+    descriptors: str,
     rows_per_shard: dict[str, int],
     fit: FitKMeans,
     run_on_shards: ShardMap,
@@ -69,7 +75,8 @@ def correspond(
     """Clusters a round's descriptors and labels every image.
 
     Args:
-        round_url: directory of the round; its descriptor shards are there already.
+        round_url: directory of the round, into which labels are written.
+        descriptors: folder with its descriptor shards.
         rows_per_shard: image shard file name to number of descriptors.
         fit: k-means.
         run_on_shards: runs the assignment.
@@ -85,10 +92,10 @@ def correspond(
     shards = sorted(rows_per_shard)
     rows = sample_rows([rows_per_shard[shard] for shard in shards], sample, seed)
     pairs = zip(shards, rows, strict=True)
-    kmeans = fit([(descriptors_url(round_url, shard), chosen) for shard, chosen in pairs], start)
+    kmeans = fit([(shard_url(descriptors, shard), chosen) for shard, chosen in pairs], start)
     statistics = run_on_shards(
         assign_shard_task,
-        [(descriptors_url(round_url, s), labels_url(round_url, s), kmeans.centroids) for s in shards],
+        [(shard_url(descriptors, s), labels_url(round_url, s), kmeans.centroids) for s in shards],
     )
     thresholds = reduce(add, statistics).thresholds()
     counted = run_on_shards(_population, [(labels_url(round_url, shard), thresholds) for shard in shards])

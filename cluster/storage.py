@@ -61,7 +61,8 @@ def filesystem(url: str) -> tuple[Any, str]:
             f"{shown}: don't write credentials into a URL, it is recorded and logged; give them as the store's "
             "environment variables (AWS_ACCESS_KEY_ID, ...) or in its configuration file"
         )
-    fs, found = fsspec.core.url_to_fs(url)
+    # Listings that are remembered would hide what other processes write.
+    fs, found = fsspec.core.url_to_fs(url, use_listings_cache=False)
     return fs, str(found)
 
 

@@ -11,8 +11,10 @@ from jobs.evaluate import Run, evaluate_run
 from jobs.train import print_outcome
 from sst.config import PRESETS
 from sst.errors import exit_on_user_error
-from sst.pipeline import train_run
+from sst.pipeline import Tracking, train_run
+from sst.preflight import check_kept
 from sst.shards import MANIFEST
+from sst.tracking import DEFAULT_URI
 
 
 class Demo(BaseModel):
@@ -26,14 +28,15 @@ class Demo(BaseModel):
     """Name of the run."""
     images: int = 2000
     """Number of drawings."""
-    tracking: str = "sqlite:///mlflow.db"
-    """MLflow tracking URI."""
+    tracking: str = DEFAULT_URI
+    """MLflow tracking URI; MLFLOW_TRACKING_URI gives another default."""
 
 
 @exit_on_user_error()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the demo, or what is left of it."""
     config = tyro.cli(Demo, prog="jobs.demo", description=__doc__, args=arguments)
+    check_kept(runs=config.runs, tracking=config.tracking)
     shards = storage.join(config.runs, f"toy-{config.images}")
     if not storage.exists(storage.join(shards, MANIFEST)):
         pack.main(["toy", "--count", str(config.images), "--out", shards])
@@ -42,9 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         PRESETS["toy-cpu"][1],
         shards,
         run_url,
-        tracking=config.tracking,
-        experiment="landmarks",
-        name=config.name,
+        Tracking(config.tracking, "landmarks", config.name),
     )
     evaluate_run(Run(run=run_url))
     print_outcome(outcome, config.tracking)

@@ -16,6 +16,7 @@ from cluster import storage
 from sst.errors import UserError, exit_on_user_error
 from sst.export import export
 from sst.prediction import open_model
+from sst.preflight import check_kept
 
 
 class Export(BaseModel):
@@ -37,6 +38,7 @@ def run(config: Export) -> None:
     Raises:
         UserError: if there is no model, or the place is taken.
     """
+    check_kept(out=config.out)
     model, record, _ = open_model(config.model)
     for name in ("model.pt2", "model.onnx", "mlflow"):
         place = storage.join(config.out, name)

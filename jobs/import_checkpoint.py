@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cluster import storage
 from sst.errors import UserError, exit_on_user_error
 from sst.network import LandmarkDetector
+from sst.preflight import check_kept
 from sst.published import RECORD, Published, read_published, save_published
 
 
@@ -29,6 +30,7 @@ def run(config: ImportCheckpoint) -> None:
     Raises:
         UserError: if the file is not a published checkpoint, or the place is taken.
     """
+    check_kept(out=config.out)
     if storage.exists(storage.join(config.out, RECORD)) and not config.overwrite:
         raise UserError(f"{config.out}: holds a model already; choose another --out, or replace it by --overwrite")
     if Path(config.out).is_file():

@@ -16,6 +16,7 @@ from sst import packing
 from sst.corpora import bbcpose, celeba, folder, human36m, ls3d, toy
 from sst.errors import UserError, exit_on_user_error
 from sst.packing import Item
+from sst.preflight import check_kept
 from sst.progress import with_progress
 from sst.shards import MANIFEST, Manifest, ShardWriter
 from sst.validation import validate
@@ -123,6 +124,7 @@ def run(config: Source) -> None:
         UserError: if there is nothing to pack, too much is unusable, or the place is taken.
     """
     start = time.monotonic()
+    check_kept(out=config.out)
     if config.repair:
         repair_corpus(config)
         return

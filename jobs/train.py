@@ -25,10 +25,11 @@ from sst.config import PRESETS, TrainSettings
 from sst.corpora import folder
 from sst.errors import UserError, exit_on_user_error
 from sst.own import choose, expected_seconds, measure, reasons, this_machine, within
-from sst.pipeline import Outcome, differences, open_corpus, percent, train_run
+from sst.pipeline import Outcome, Tracking, differences, open_corpus, percent, train_run
+from sst.preflight import check_kept
 from sst.progress import duration
 from sst.shards import MANIFEST
-from sst.tracking import redact
+from sst.tracking import DEFAULT_URI, redact
 
 OWN_MAX_SKIPPED = 0.2
 """Share of unusable files that a folder of one's own may hold."""
@@ -45,10 +46,12 @@ class TrainCommand(BaseModel):
     """Name of the run; the same name goes on with the same run."""
     runs: str = "runs"
     """Directory or URL under which runs lie."""
-    tracking: str = "sqlite:///mlflow.db"
-    """MLflow tracking URI."""
+    tracking: str = DEFAULT_URI
+    """MLflow tracking URI; MLFLOW_TRACKING_URI gives another default."""
     experiment: str = "landmarks"
     """MLflow experiment."""
+    register_as: Annotated[str | None, tyro.conf.arg(name="register")] = None
+    """Name under which the finished model becomes a new version in MLflow's model registry."""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print all settings as JSON and exit; --shards and --name may be left out."""
     settings: Annotated[TrainSettings, tyro.conf.arg(name="")] = TrainSettings()
@@ -72,10 +75,12 @@ class OwnCommand(BaseModel):
     """How long training may take; by default as long as the schedule takes."""
     runs: str = "runs"
     """Directory or URL under which runs lie."""
-    tracking: str = "sqlite:///mlflow.db"
-    """MLflow tracking URI."""
+    tracking: str = DEFAULT_URI
+    """MLflow tracking URI; MLFLOW_TRACKING_URI gives another default."""
     experiment: str = "landmarks"
     """MLflow experiment."""
+    register_as: Annotated[str | None, tyro.conf.arg(name="register")] = None
+    """Name under which the finished model becomes a new version in MLflow's model registry."""
 
 
 def parse(arguments: Sequence[str] | None) -> TrainCommand | OwnCommand:
@@ -104,6 +109,7 @@ def parse(arguments: Sequence[str] | None) -> TrainCommand | OwnCommand:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains; mistakes exit with code 2, a failed run with 1, an interrupted one with 130."""
     command = parse(arguments)
+    check_kept(runs=command.runs, tracking=command.tracking)
     if isinstance(command, OwnCommand):
         print_outcome(train_own(command), command.tracking)
         return
@@ -114,9 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.settings,
         command.shards,
         storage.join(command.runs, command.name),
-        tracking=command.tracking,
-        experiment=command.experiment,
-        name=command.name,
+        Tracking(command.tracking, command.experiment, command.name, register=command.register_as),
     )
     print_outcome(outcome, command.tracking)
 
@@ -151,7 +155,8 @@ def train_own(command: OwnCommand) -> Outcome:
         settings = own_settings(command, open_corpus(shards).manifest.samples_of("train"), run_url)
         storage.write_json(told_url, {"told": told, "settings": settings.model_dump(mode="json")})
     settings = TrainSettings.model_validate(storage.read_json(told_url)["settings"])
-    return train_run(settings, shards, run_url, tracking=command.tracking, experiment=command.experiment, name=name)
+    tracking = Tracking(command.tracking, command.experiment, name, register=command.register_as)
+    return train_run(settings, shards, run_url, tracking)
 
 
 def own_settings(command: OwnCommand, images: int, run_url: str) -> TrainSettings:

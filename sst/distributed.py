@@ -6,8 +6,10 @@ Thin shells: what they call is plain code that tests run without Ray.
 import logging
 import os
 import secrets
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -52,9 +54,10 @@ def start_ray(resources: ResourceSettings) -> bool:
     import ray
 
     if not ray.is_initialized():
-        # Without an address Ray would join whatever cluster last ran on this machine.
-        where: dict[str, Any] = {} if joins else {"address": "local", "num_cpus": usable_cpus()}
-        ray.init(logging_level=logging.WARNING, log_to_driver=False, **where)
+        with nullcontext() if joins else own_address():
+            # Without an address Ray would join whatever cluster last ran on this machine.
+            where: dict[str, Any] = {} if joins else {"address": "local", "num_cpus": usable_cpus()}
+            ray.init(logging_level=logging.WARNING, log_to_driver=False, **where)
     have = ray.cluster_resources()
     gpus = have.get("GPU", 0.0)
     enough = gpus >= resources.workers * resources.worker_gpus
@@ -69,6 +72,25 @@ def start_ray(resources: ResourceSettings) -> bool:
             f"{have.get('CPU', 0.0):g}; lower --resources.workers or --resources.worker-cpus"
         )
     return enough and gpus > 0 if resources.gpu is None else resources.gpu
+
+
+@contextmanager
+def own_address() -> Iterator[None]:
+    """While inside, a cluster that is started here tells its address to all its processes.
+
+    Ray's own helper actors, such as the one that frees what a lost run had reserved, ask for the cluster's state, and
+    without an address they ask whatever cluster was started last on this machine.
+    """
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    own = {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    os.environ |= own
+    try:
+        yield
+    finally:
+        for name in own:
+            del os.environ[name]
 
 
 def check_local_cpus(resources: ResourceSettings) -> None:

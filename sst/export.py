@@ -112,6 +112,15 @@ def write_mlflow(folder: Path, proto: Any, record: ModelRecord) -> None:
     )
 
 
+def mlflow_files(proto: Any, record: ModelRecord) -> dict[str, bytes]:
+    """The files of an MLflow model, by path."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, "mlflow")
+        write_mlflow(folder, proto, record)
+        found = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
 def export(model: LandmarkDetector, record: ModelRecord, out: str) -> list[str]:
     """Writes OUT/model.onnx, OUT/model.pt2 and OUT/mlflow/.
 
@@ -127,9 +136,6 @@ def export(model: LandmarkDetector, record: ModelRecord, out: str) -> list[str]:
     storage.write_bytes(storage.join(out, "model.pt2"), as_pt2(program, record))
     proto = as_onnx(program, record)
     storage.write_bytes(storage.join(out, "model.onnx"), proto.SerializeToString())
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch, "mlflow")
-        write_mlflow(folder, proto, record)
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            storage.write_bytes(storage.join(out, "mlflow", file.relative_to(folder).as_posix()), file.read_bytes())
+    for path, data in mlflow_files(proto, record).items():
+        storage.write_bytes(storage.join(out, "mlflow", path), data)
     return ["model.pt2", "model.onnx", "mlflow"]

@@ -4,7 +4,7 @@ Every landmark has a colour and a number; the colours are Okabe and Ito's, safe 
 repeat with another marker shape.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#FFFFFF")
 MARKERS = "osD^v<>phX"
+LINE_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#000000")
+DASHES = ("-", "--", ":", "-.")
 
 
 def style(landmark: int) -> dict[str, Any]:
@@ -172,6 +174,31 @@ def round_statistics(rounds: Sequence[dict[str, Any]]) -> Figure:
         _tidy(axis)
     for axis in axes[len(PANELS) :]:
         axis.set_axis_off()
+    return figure
+
+
+def curves(panels: Mapping[str, Sequence[tuple[str, Sequence[float], Sequence[float]]]]) -> Figure:
+    """Curves of many runs laid over each other, with one legend for all panels.
+
+    Args:
+        panels: title to (label, x, y) of each curve; a label has the same colour and dashes in all panels.
+    """
+    labels = list(dict.fromkeys(label for lines in panels.values() for label, _, _ in lines))
+    legend_rows = -(-len(labels) // 3)
+    figure = Figure(figsize=(11, 5.2 + 0.2 * legend_rows), layout="constrained")
+    drawn: dict[str, Any] = {}
+    for axis, (title, lines) in zip(figure.subplots(2, 3).flat, panels.items(), strict=False):
+        for label, x, y in lines:
+            number = labels.index(label)
+            look = {
+                "color": LINE_COLOURS[number % len(LINE_COLOURS)],
+                "linestyle": DASHES[number // len(LINE_COLOURS) % len(DASHES)],
+            }
+            (drawn[label],) = axis.plot(x, y, marker="o" if len(x) < 30 else "", markersize=3, linewidth=1.3, **look)
+        axis.set_title(title, fontsize=9)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        _tidy(axis)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
 
 

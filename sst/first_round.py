@@ -6,10 +6,11 @@ Every step is a task per shard; what travels between them is row counts, a refer
 import time
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 
 from cluster import storage
 from cluster.actor import read_sample
-from cluster.correspondence import correspond, descriptors_url
+from cluster.correspondence import correspond, descriptors_folder, shard_url
 from cluster.dispatch import ShardMap
 from cluster.kmeans import sample_rows
 from cluster.outliers import background_mask, outlier_cut, outlier_scores
@@ -23,8 +24,41 @@ from sst.schedule import derived_seed
 from sst.shards import ShardInfo
 
 
-def make_first_round(settings: TrainSettings, corpus: Corpus, run: RunDirectory, tools: Tools) -> RoundRecord:
+class KeypointsRecord(BaseModel):
+    """What is known of a corpus's first keypoints; it is written when all of them are there.
+
+    Attributes:
+        found: keypoints before any were dropped.
+        rows: keypoints that stay, by image shard.
+        seconds: time by phase.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    found: int
+    rows: dict[str, int]
+    seconds: dict[str, float]
+
+
+def keypoints_hash(settings: TrainSettings, corpus: Corpus) -> str:
+    """Names all that the first keypoints depend on: runs for which it is equal can share them."""
+    told = settings.model_dump_json(include={"seed": True, "keypoints": True, "network": {"input_size"}})
+    if settings.keypoints.remove_background:  # which clusters the descriptors
+        told += settings.cluster.model_dump_json(exclude={"clusters", "warm_start"})
+    return storage.sha256(f"{corpus.manifest_hash} {told}".encode())[:16]
+
+
+def make_first_round(
+    settings: TrainSettings, corpus: Corpus, run: RunDirectory, tools: Tools, keypoints: str | None = None
+) -> RoundRecord:
     """Makes round 0, or finds it done.
+
+    Args:
+        settings: of the run.
+        corpus: its training images are labelled.
+        run: where the round is written.
+        tools: for k-means and tasks.
+        keypoints: folder of the first keypoints, where several runs share them; by default the run has its own.
 
     Raises:
         ValueError: if fewer distinct descriptors than clusters are found; the message has both numbers.
@@ -33,32 +67,15 @@ def make_first_round(settings: TrainSettings, corpus: Corpus, run: RunDirectory,
     """
     if run.has_round(0):
         return run.record(0)
-    started, shards, run_on_shards = time.monotonic(), corpus.train, tools.run_on_shards
-    raw, seed = storage.join(run.round_url(0), "keypoints"), derived_seed(settings.seed, ROUND_SEED, 0)
-    found = run_on_shards(detect_shard, [(corpus.url, shard, raw_url(raw, shard), settings) for shard in shards])
-    if sum(found) == 0:
-        raise ValueError(f"no keypoint was found on any of the {sum(s.samples for s in shards)} training images")
-    detected = time.monotonic()
-
-    keep = inliers(settings.keypoints, shards, raw, found, seed, run_on_shards)
-    if settings.keypoints.remove_background:
-        background = background_centroids(settings, shards, raw, seed, tools)
-        on_object = run_on_shards(background_shard, [(raw_url(raw, shard), *background) for shard in shards])
-        keep = [own & mask for own, mask in zip(keep, on_object, strict=True)]
-    kept = run_on_shards(
-        filter_shard,
-        [
-            (raw_url(raw, shard), own, descriptors_url(run.round_url(0), shard.file))
-            for shard, own in zip(shards, keep, strict=True)
-        ],
-    )
-    filtered = time.monotonic()
-
+    folder = keypoints or descriptors_folder(run.round_url(0))
+    first, started = find_keypoints(settings, corpus, folder, tools), time.monotonic()
+    seed = derived_seed(settings.seed, ROUND_SEED, 0)
     matched = correspond(
         run.round_url(0),
-        dict(zip((shard.file for shard in shards), kept, strict=True)),
+        folder,
+        first.rows,
         lambda sample, start: tools.fit(sample, start, seed, settings.cluster.clusters),
-        run_on_shards,
+        tools.run_on_shards,
         sample=settings.cluster.sample,
         seed=seed,
         start=None,
@@ -74,22 +91,50 @@ def make_first_round(settings: TrainSettings, corpus: Corpus, run: RunDirectory,
         thresholds=matched.thresholds.tolist(),
         active=(matched.population > settings.stage2.min_population).tolist(),
         population=matched.population.tolist(),
-        figures=correspondence_figures(matched) | {"keypoints_per_image": sum(found) / matched.images},
-        seconds={
-            "extract": detected - started,
-            "outliers": filtered - detected,
-            "correspond": time.monotonic() - filtered,
-        },
+        figures=correspondence_figures(matched) | {"keypoints_per_image": first.found / matched.images},
+        seconds=first.seconds | {"correspond": time.monotonic() - started},
     )
     run.finish_round(record, matched.kmeans.centroids)
     tools.log(record.line())
-    storage.remove(raw)
     return record
 
 
-def raw_url(directory: str, shard: ShardInfo) -> str:
-    """Where a shard's keypoints lie until outliers are removed."""
-    return storage.join(directory, shard.file.removesuffix(".tar") + ".npz")
+def find_keypoints(settings: TrainSettings, corpus: Corpus, folder: str, tools: Tools) -> KeypointsRecord:
+    """Writes the keypoints of every training image to a folder, without outliers and background; or finds it done.
+
+    Raises:
+        ValueError: if there are none at all, or too few on one side for background removal.
+    """
+    done = storage.join(folder, "record.json")
+    if storage.exists(done):
+        return KeypointsRecord.model_validate(storage.read_json(done))
+    started, shards, run_on_shards = time.monotonic(), corpus.train, tools.run_on_shards
+    raw, seed = storage.join(folder, "raw"), derived_seed(settings.seed, ROUND_SEED, 0)
+    found = run_on_shards(detect_shard, [(corpus.url, shard, shard_url(raw, shard.file), settings) for shard in shards])
+    if sum(found) == 0:
+        raise ValueError(f"no keypoint was found on any of the {sum(s.samples for s in shards)} training images")
+    detected = time.monotonic()
+
+    keep = inliers(settings.keypoints, shards, raw, found, seed, run_on_shards)
+    if settings.keypoints.remove_background:
+        background = background_centroids(settings, shards, raw, seed, tools)
+        on_object = run_on_shards(background_shard, [(shard_url(raw, shard.file), *background) for shard in shards])
+        keep = [own & mask for own, mask in zip(keep, on_object, strict=True)]
+    kept = run_on_shards(
+        filter_shard,
+        [
+            (shard_url(raw, shard.file), own, shard_url(folder, shard.file))
+            for shard, own in zip(shards, keep, strict=True)
+        ],
+    )
+    record = KeypointsRecord(
+        found=sum(found),
+        rows=dict(zip((shard.file for shard in shards), kept, strict=True)),
+        seconds={"extract": detected - started, "outliers": time.monotonic() - detected},
+    )
+    storage.write_json(done, record.model_dump())
+    storage.remove(raw)
+    return record
 
 
 def inside_url(raw: str) -> str:
@@ -116,11 +161,11 @@ def inliers(
 ) -> list[np.ndarray]:
     """Which keypoints of each shard are not outliers, bool (N,)."""
     picked = sample_rows(found, settings.outlier_reference, seed)
-    sample = read_sample([(raw_url(raw, shard), rows) for shard, rows in zip(shards, picked, strict=True)])
+    sample = read_sample([(shard_url(raw, shard.file), rows) for shard, rows in zip(shards, picked, strict=True)])
     reference = storage.join(raw, "reference.npz")
     storage.save_npz(reference, descriptors=sample.astype(np.float16))
     scores = run_on_shards(
-        score_shard, [(raw_url(raw, shard), reference, settings.outlier_neighbours) for shard in shards]
+        score_shard, [(shard_url(raw, shard.file), reference, settings.outlier_neighbours) for shard in shards]
     )
     cut = outlier_cut(np.concatenate(scores), settings.outlier_share)
     return [np.asarray(own <= cut) for own in scores]
@@ -140,7 +185,7 @@ def background_centroids(
     Raises:
         ValueError: if there are too few of either; the message has both numbers.
     """
-    urls = [raw_url(raw, shard) for shard in shards]
+    urls = [shard_url(raw, shard.file) for shard in shards]
     masks = [storage.load_npz(inside_url(url))["inside"] for url in urls]
     centroids = []
     for where, wanted in ((True, settings.keypoints.inside_clusters), (False, settings.keypoints.outside_clusters)):

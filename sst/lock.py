@@ -79,11 +79,15 @@ def machine() -> str:
         return f"{socket.gethostname()}/{psutil.boot_time():.0f}"
 
 
+class RunHeldError(UserError):
+    """Another live process holds the run."""
+
+
 class RunLock:
     """Holds RUN/lock.json while inside.
 
     Raises:
-        UserError: on entering, if another live process holds the run; the message names it.
+        RunHeldError: on entering, if another live process holds the run; the message names it.
     """
 
     def __init__(self, run_url: str) -> None:
@@ -137,7 +141,7 @@ class RunLock:
 
     def _refuse(self, holder: LockRecord | None) -> None:
         who = f"process {holder.process} on {holder.host}" if holder else "another process"
-        raise UserError(
+        raise RunHeldError(
             f"{self.run_url} is being worked on by {who}; wait for it, stop it, or take another --name. If you know "
             f"that it is gone, remove {self.url}"
         )

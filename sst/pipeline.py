@@ -6,34 +6,36 @@ What a worker does is in `sst.training`; here is the order of things around it, 
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from cluster import storage
-from sst.advice import landmark_facts, warnings_of
+from sst.advice import LandmarkFacts, landmark_facts, warnings_of
 from sst.config import SAFE_TO_CHANGE, TrainSettings
 from sst.distributed import check_local_cpus, kmeans_backend, ray_tools, start_kmeans, start_ray, train_on_workers
 from sst.errors import UserError
 from sst.evaluation import Scores
-from sst.first_round import make_first_round
+from sst.export import as_onnx, exported_program, mlflow_files
+from sst.first_round import find_keypoints, make_first_round
 from sst.interrupt import terminable
 from sst.keypoints import generic_detector
-from sst.lock import RunLock
+from sst.lock import RunHeldError, RunLock
 from sst.metrics import MetricsFile, MetricsReader
 from sst.model import ModelRecord, load_model
 from sst.pictures import all_predictions, draw_all, draw_round
 from sst.preflight import check_disk, check_nodes
 from sst.progress import Show, clock
 from sst.report import write_report
-from sst.round_making import Corpus
+from sst.round_making import Corpus, Tools
 from sst.rounds import RunDirectory
 from sst.schedule import plan
 from sst.scoring import Annotated, score_run
-from sst.tracking import Tracker
+from sst.tracking import Tracker, absolute_uri, provenance
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +120,31 @@ def open_corpus(url: str) -> Corpus:
     return corpus
 
 
+@dataclass(frozen=True)
+class Tracking:
+    """Where MLflow is and what it is told.
+
+    Attributes:
+        uri: MLflow tracking URI.
+        experiment: MLflow experiment.
+        name: the run's name in MLflow.
+        parent: directory of the sweep that the run is a trial of.
+        register: name under which the finished model is registered.
+    """
+
+    uri: str
+    experiment: str
+    name: str
+    parent: str | None = None
+    register: str | None = None
+
+    def open(self, run_url: str) -> Tracker:
+        """Begins to send what the run directory has."""
+        return Tracker(run_url, absolute_uri(self.uri), self.experiment, self.name, self.parent)
+
+
 def train_run(
-    settings: TrainSettings, shards: str, run_url: str, *, tracking: str, experiment: str, name: str
+    settings: TrainSettings, shards: str, run_url: str, tracking: Tracking, *, keypoints: str | None = None
 ) -> Outcome:
     """Runs what is left of a run, from first keypoints to the report.
 
@@ -127,9 +152,8 @@ def train_run(
         settings: the method.
         shards: directory or URL of the image shards.
         run_url: directory or URL of the run.
-        tracking: MLflow tracking URI.
-        experiment: MLflow experiment.
-        name: the run's name in MLflow.
+        tracking: what MLflow gets.
+        keypoints: folder of the first keypoints, where several runs share them.
 
     Raises:
         UserError: if the corpus, the resources or an earlier run of that name do not permit it.
@@ -143,7 +167,7 @@ def train_run(
     with terminable(), RunLock(run.url):
         is_new = claim(run, settings, corpus)
         try:
-            return tracked_run(settings, corpus, run, Tracker(run.url, tracking, experiment, name), started)
+            return tracked_run(settings, corpus, run, tracking, keypoints, started)
         except UserError:
             if is_new:
                 storage.remove(run.url)  # the name is free for corrected settings
@@ -151,10 +175,17 @@ def train_run(
 
 
 def tracked_run(
-    settings: TrainSettings, corpus: Corpus, run: RunDirectory, tracker: Tracker, started: float
+    settings: TrainSettings,
+    corpus: Corpus,
+    run: RunDirectory,
+    tracking: Tracking,
+    keypoints: str | None,
+    started: float,
 ) -> Outcome:
     """What is left of a run that is claimed; the tracker learns how it ended."""
+    tracker = tracking.open(run.url)
     tracker.log_settings(settings.model_dump(mode="json"))
+    tracker.log_tags(provenance(corpus.manifest_hash))
     status = "FAILED"
     try:
         with showing(run, settings, corpus, tracker) as show:
@@ -164,12 +195,16 @@ def tracked_run(
             show.say(describe(settings, corpus, gpu, kmeans_backend(actor, settings)))
             metrics = MetricsFile(run.url)
             try:
-                make_first_round(settings, corpus, run, ray_tools(settings, actor, metrics.write, "keypoints"))
+                tools = ray_tools(settings, actor, metrics.write, "keypoints")
+                if keypoints is not None:
+                    share_keypoints(settings, corpus, keypoints, tools)
+                make_first_round(settings, corpus, run, tools, keypoints)
             except ValueError as error:
                 raise UserError(str(error)) from error
             if not storage.exists(storage.join(run.model_url, "model.json")):
                 train_on_workers(settings, corpus.url, run.url, actor, gpu)
         outcome = finish_run(run, corpus, settings, tracker, time.monotonic() - started)
+        track_model(run, tracker, tracking.register)
         status = "FINISHED"
         return outcome
     except KeyboardInterrupt:
@@ -178,6 +213,17 @@ def tracked_run(
         raise
     finally:
         tracker.close(status)
+
+
+def share_keypoints(settings: TrainSettings, corpus: Corpus, folder: str, tools: Tools) -> None:
+    """Makes the first keypoints in a folder of several runs, unless one of them has; waits while one is at it."""
+    while True:
+        try:
+            with RunLock(folder):
+                find_keypoints(settings, corpus, folder, tools)
+                return
+        except RunHeldError:
+            time.sleep(POLL_SECONDS)
 
 
 def describe(settings: TrainSettings, corpus: Corpus, gpu: bool, kmeans: str) -> str:
@@ -229,13 +275,13 @@ def finish_run(run: RunDirectory, corpus: Corpus, settings: TrainSettings, track
     scores = score_run(run, corpus, annotated, model.visible) if annotated is not None else None
     if scores is not None:
         storage.write_json(storage.join(run.url, "scores.json"), scores.to_json())
-        numbers = {name: v for name, v in scores.to_json().items() if isinstance(v, int | float)}
-        tracker.log({f"score/{name}": value for name, value in numbers.items()}, 0)
-    tracker.log({f"model/{name}": value for name, value in model.figures.items()}, 0)
     drawn = draw_all(run, corpus, model, scores)
     told, images = settings.stage2.most_landmarks, corpus.manifest.samples_of("train")
     rounds = [{k: v for k, v in record.line().items() if k != "kind"} for record in run.records()]
     facts = landmark_facts(*all_predictions(run, corpus), model.visible, run.landmarks())
+    figures = final_figures(model, facts, rounds, scores)
+    storage.write_json(storage.join(run.url, "figures.json"), figures)
+    tracker.log(figures, 0)
     report = write_report(
         run.url,
         title=f"Landmarks of {corpus.manifest.corpus}",
@@ -250,6 +296,33 @@ def finish_run(run: RunDirectory, corpus: Corpus, settings: TrainSettings, track
     pictures = {f"figures/{figure.name}.png": figure.png for figure in drawn}
     tracker.log_files(pictures | {"report.html": storage.read_bytes(report)})
     return Outcome(run, scores, len(model.clusters), report)
+
+
+def final_figures(
+    model: ModelRecord, facts: LandmarkFacts, rounds: Sequence[Mapping[str, Any]], scores: Scores | None
+) -> dict[str, float]:
+    """The numbers by which finished runs are compared; the scores only where there are annotations."""
+    figures = {f"model/{name}": value for name, value in model.figures.items()}
+    figures["model/landmarks"] = float(len(model.clusters))
+    for name, each in (("looseness", facts.looseness), ("repeatability", facts.repeats)):
+        if np.isfinite(each).any():
+            figures[f"model/{name}"] = float(np.nanmean(each))
+    persistence = [entry["label_persistence"] for entry in rounds if "label_persistence" in entry]
+    if persistence:
+        figures["model/label_persistence"] = persistence[-1]
+    if scores is not None:
+        numbers = {name: v for name, v in scores.to_json().items() if isinstance(v, int | float) and v == v}
+        figures |= {f"score/{name}": float(value) for name, value in numbers.items()}
+    return figures
+
+
+def track_model(run: RunDirectory, tracker: Tracker, register: str | None) -> None:
+    """Sends the finished model to MLflow: images in, landmarks with confidence out."""
+    model, record = load_model(run.model_url)
+    proto = as_onnx(exported_program(model, record.network.input_size), record)
+    tracker.log_files({f"model/{path}": data for path, data in mlflow_files(proto, record).items()})
+    if register is not None:
+        tracker.register(register)
 
 
 def summary(model: ModelRecord, scores: Scores | None, corpus: Corpus, seconds: float) -> dict[str, str]:

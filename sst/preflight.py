@@ -13,6 +13,7 @@ import torch
 from sst.config import TrainSettings
 from sst.errors import UserError
 from sst.network import DetectorDescriptor, LandmarkDetector
+from sst.tracking import absolute_uri
 
 CHECKPOINTS = 3
 """Checkpoints that are there at once: the kept ones and the one that is being written."""
@@ -24,6 +25,29 @@ OPTIONAL = ("cuml-cu13", "cupy-cuda13x")
 
 LABEL_BYTES, PREDICTION_BYTES, PICTURES_BYTES = 20, 12, 50_000_000
 """Of a labelled point (place, cluster, distance, offset), of a predicted landmark, and of the report."""
+
+
+def check_kept(**places: str) -> None:
+    """In a submitted job, refuses to write to relative paths: they lie in a copy of the working directory that goes.
+
+    Args:
+        places: option without its dashes, and the path or URL that it was given.
+
+    Raises:
+        UserError: naming the options.
+    """
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # which Ray sets for the command of a job
+        return
+    lost = [
+        f"--{option} {place}"
+        for option, place in places.items()
+        if (absolute_uri(place) != place if "://" in place else not os.path.isabs(place))
+    ]
+    if lost:
+        raise UserError(
+            f"{', '.join(lost)}: a submitted job works in a copy of its directory that is removed later; give a URL, "
+            "or an absolute path that all machines of the cluster share"
+        )
 
 
 def disk_need(settings: TrainSettings, images: int) -> int:

@@ -119,6 +119,7 @@ class RoundMaker:
             warm = self.settings.cluster.warm_start and previous.kind == "correspondence"
             found = correspond(
                 self.run.round_url(number),
+                descriptors_folder(self.run.round_url(number)),
                 rows,
                 lambda sample, start: self.tools.fit(sample, start, seed, self.settings.cluster.clusters),
                 self.tools.run_on_shards,

@@ -7,11 +7,13 @@ again.
 
 import logging
 import os
+import subprocess
 import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from cluster import storage
 from sst.metrics import MetricsReader
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_URI = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+"""Where runs are tracked unless told otherwise: where MLflow's own commands look too, or a file here."""
 
 CLOSE_SECONDS = 5.0
 """Longest wait, at the end of a run, for an MLflow that takes nothing."""
@@ -31,6 +36,9 @@ BATCH = 500
 
 VALUE_LENGTH = 500
 """Longest parameter value that every MLflow backend takes."""
+
+VERSIONS = ("torch", "ray", "numpy", "scipy", "webdataset", "mlflow", "cuml-cu13", "cupy-cuda13x")
+"""Packages whose versions a run notes."""
 
 MLFLOW_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -60,9 +68,18 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 class Tracker:
     """One MLflow run for one run directory; a resumed run goes on with the same MLflow run."""
 
-    def __init__(self, run_url: str, uri: str, experiment: str, name: str) -> None:
-        """Starts the background thread; nothing is waited for."""
+    def __init__(self, run_url: str, uri: str, experiment: str, name: str, parent: str | None = None) -> None:
+        """Starts the background thread; nothing is waited for.
+
+        Args:
+            run_url: directory of the run.
+            uri: MLflow tracking URI.
+            experiment: MLflow experiment.
+            name: of the MLflow run.
+            parent: directory of the sweep whose MLflow run this one is nested in.
+        """
         self._run_url, self._uri, self._experiment, self._name = run_url, uri, experiment, name
+        self._parent = parent
         self._calls: deque[Callable[[], None]] = deque()
         self._client: Any = None
         self._run_id = ""
@@ -89,6 +106,29 @@ class Tracker:
             for start in range(0, len(changed), 100):
                 tags = [RunTag(f"resumed/{name}", value) for name, value in changed[start : start + 100]]
                 self._client.log_batch(self._run_id, tags=tags)
+
+        self._calls.append(send)
+
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Sends texts that may change, by name."""
+        own = dict(tags)
+
+        def send() -> None:
+            from mlflow.entities import RunTag
+
+            self._client.log_batch(self._run_id, tags=[RunTag(name, value) for name, value in own.items()])
+
+        self._calls.append(send)
+
+    def register(self, model: str) -> None:
+        """Makes the artifact "model" a version of a registered model, unless it is one already."""
+
+        def send() -> None:
+            if not self._client.search_registered_models(f"name = '{model}'"):
+                self._client.create_registered_model(model)
+            if not self._client.search_model_versions(f"name = '{model}' and run_id = '{self._run_id}'"):
+                run = self._client.get_run(self._run_id)
+                self._client.create_model_version(model, f"{run.info.artifact_uri}/model", self._run_id)
 
         self._calls.append(send)
 
@@ -225,8 +265,65 @@ class Tracker:
                 logger.warning("MLflow at %s does not know this run; a new one is begun there", redact(self._uri))
         experiment = self._client.get_experiment_by_name(self._experiment)
         number = experiment.experiment_id if experiment else self._client.create_experiment(self._experiment)
-        self._run_id = self._client.create_run(number, run_name=self._name).info.run_id
+        tags = {} if self._parent is None else {"mlflow.parentRunId": noted_run(self._parent)}
+        self._run_id = self._client.create_run(number, run_name=self._name, tags=tags).info.run_id
         self._note()
+
+
+def noted_run(run_url: str) -> str:
+    """The MLflow run of a run directory.
+
+    Raises:
+        FileNotFoundError: if it has none yet.
+    """
+    return str(storage.read_json(storage.join(run_url, "mlflow.json"))["run_id"])
+
+
+def absolute_uri(uri: str) -> str:
+    """The same tracking URI for a process that was started elsewhere."""
+    scheme, separator, path = uri.partition(":///")
+    if separator and scheme == "sqlite" and not path.startswith("/"):
+        return f"sqlite:///{os.path.abspath(path)}"
+    return uri if "://" in uri else os.path.abspath(uri)
+
+
+def provenance(manifest_hash: str) -> dict[str, str]:
+    """What a run came from, as MLflow tags: code, versions and data."""
+    versions = {name: installed_version(name) for name in VERSIONS}
+    tags = {f"version.{name}": version for name, version in versions.items() if version is not None}
+    commit = git_commit()
+    return tags | {"manifest_sha256": manifest_hash} | ({"mlflow.source.git.commit": commit} if commit else {})
+
+
+def installed_version(package: str) -> str | None:
+    """Version of a package; None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git_commit() -> str | None:
+    """Commit of this code, with "-dirty" where files differ from it; None outside a checkout.
+
+    Where a copy without history runs, as in a submitted job, `LANDMARKS_COMMIT` may tell.
+    """
+    if told := os.environ.get("LANDMARKS_COMMIT"):
+        return told
+    root = Path(__file__).resolve().parents[1]
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        if Path(_git(root, "rev-parse", "--show-toplevel")) != root:
+            return None  # installed somewhere below another project's checkout
+        return commit + ("-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(root: Path, *words: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=10
+    ).stdout.strip()
 
 
 def as_metrics(line: Mapping[str, Any]) -> list[tuple[str, float, float, int]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import mlflow
 import psutil
 import pytest
+import torch
 
 from jobs import evaluate, pack, train
 from sst.shards import Manifest
@@ -89,7 +90,9 @@ def test_a_run_is_scored_pictured_and_tracked(undisturbed, folder):
     assert run.data.params["stage1.rounds"] == "2"
     assert len(client.get_metric_history(run_id, "round/labels_per_image")) == 6
     assert run.data.metrics["step/images_per_second"] > 0
-    assert {file.path for file in client.list_artifacts(run_id)} == {"figures", "report.html", "rounds"}
+    assert {file.path for file in client.list_artifacts(run_id)} == {"figures", "model", "report.html", "rounds"}
+    assert run.data.tags["version.torch"] == torch.__version__ and len(run.data.tags["manifest_sha256"]) == 64
+    assert run.data.metrics["model/landmarks"] >= 1
     pictures = {file.path for file in client.list_artifacts(run_id, "rounds")}
     assert pictures == {f"rounds/{number:04d}.png" for number in range(len(list((undisturbed / "rounds").iterdir())))}
 

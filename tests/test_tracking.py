@@ -167,6 +167,7 @@ def test_a_resumed_run_keeps_its_mlflow_run(tmp_path):
         tracker.log_settings({"workers": 2 - step, "seed": 0})
         tracker.log({"loss": 1.0 - step}, step)
         tracker.log_files({"figures/a.png": b"x"})
+        wait_for(lambda: (tmp_path / "run" / "mlflow.json").exists())  # MLflow's import alone may take seconds
         assert tracker.close("FINISHED")
     import mlflow
 
