@@ -7,7 +7,7 @@ and supplementary material; CelebA); a preset states only what differs.
 from typing import Annotated, Literal, Self
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from sst.augment import STRONGER, Augmentation
 from sst.geometry import STRIDE
@@ -188,8 +188,13 @@ class Stage2Settings(Settings):
 class ResourceSettings(Settings):
     """What a run takes of its machine or cluster."""
 
-    workers: Positive = 2
-    """DDP workers."""
+    workers: Annotated[
+        str,
+        BeforeValidator(str),
+        Field(pattern=r"^[1-9]\d{0,4}(:[1-9]\d{0,4})?$"),
+        tyro.conf.arg(aliases=("--workers",), metavar="N|LEAST:MOST"),
+    ] = "2"
+    """DDP workers: 8, or 2:8 for as many of these as the cluster has room for, which may change during the run."""
     worker_cpus: Rate = 0.9
     """CPUs that Ray sets aside per worker; the rest is left to the tasks of a round."""
     worker_gpus: Share = 0.9
@@ -204,6 +209,22 @@ class ResourceSettings(Settings):
     """Lost workers that a run survives before it gives up; submit it again to go on."""
     checkpoint_steps: Positive = 1_000
     """Optimizer steps between two checkpoints inside a phase."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.least_workers > self.most_workers:
+            raise ValueError(f"workers {self.workers}: the least come first, as in 2:8")
+        return self
+
+    @property
+    def least_workers(self) -> int:
+        """Workers without which nothing begins."""
+        return int(self.workers.partition(":")[0])
+
+    @property
+    def most_workers(self) -> int:
+        """Workers at most; the same where their number is fixed."""
+        return int(self.workers.rpartition(":")[2])
 
 
 SAFE_TO_CHANGE = tuple(name for name in ResourceSettings.model_fields if name != "precision")
@@ -232,18 +253,19 @@ class TrainSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        workers = self.resources.workers
-        for name, size in (("stage1.pairs", self.stage1.pairs), ("stage2.batch", self.stage2.batch)):
-            if size % workers:
-                raise ValueError(f"{name} {size} must be a multiple of resources.workers {workers}")
+        workers = self.resources.most_workers
+        if self.stage2.batch < workers:
+            raise ValueError(
+                f"stage2.batch {self.stage2.batch} must be at least 1 per worker, and there may be {workers}"
+            )
         if self.stage1.rounds and not self.stage1.warmup_iterations:
             raise ValueError(
                 "stage1.rounds needs stage1.warmup_iterations above 0: untrained descriptors cannot be clustered"
             )
         if self.stage1.warmup_iterations and self.stage1.pairs < 2 * workers:
             raise ValueError(
-                f"stage1.pairs {self.stage1.pairs} must be at least 2 per worker: "
-                "a pair's second image is another one of the batch"
+                f"stage1.pairs {self.stage1.pairs} must be at least 2 per worker, and there may be {workers}: a pair's "
+                "second image is another one of the batch"
             )
         return self
 

@@ -60,16 +60,17 @@ def start_ray(resources: ResourceSettings) -> bool:
             ray.init(logging_level=logging.WARNING, log_to_driver=False, **where)
     have = ray.cluster_resources()
     gpus = have.get("GPU", 0.0)
-    enough = gpus >= resources.workers * resources.worker_gpus
+    workers = resources.least_workers
+    enough = gpus >= workers * resources.worker_gpus
     if resources.gpu and not enough:
         raise UserError(
-            f"{resources.workers} workers with {resources.worker_gpus} GPUs each were asked for, but the cluster has "
-            f"{gpus:g}; lower --resources.workers or leave --resources.gpu unset"
+            f"{workers} workers with {resources.worker_gpus} GPUs each were asked for, but the cluster has "
+            f"{gpus:g}; lower --workers or leave --resources.gpu unset"
         )
-    if resources.workers * resources.worker_cpus > have.get("CPU", 0.0):
+    if workers * resources.worker_cpus > have.get("CPU", 0.0):
         raise UserError(
-            f"{resources.workers} workers with {resources.worker_cpus} CPUs each were asked for, but the cluster has "
-            f"{have.get('CPU', 0.0):g}; lower --resources.workers or --resources.worker-cpus"
+            f"{workers} workers with {resources.worker_cpus} CPUs each were asked for, but the cluster has "
+            f"{have.get('CPU', 0.0):g}; lower --workers or --resources.worker-cpus"
         )
     return enough and gpus > 0 if resources.gpu is None else resources.gpu
 
@@ -99,10 +100,11 @@ def check_local_cpus(resources: ResourceSettings) -> None:
     Raises:
         UserError: naming both numbers.
     """
-    if not os.environ.get("RAY_ADDRESS") and resources.workers * resources.worker_cpus > usable_cpus():
+    workers = resources.least_workers
+    if not os.environ.get("RAY_ADDRESS") and workers * resources.worker_cpus > usable_cpus():
         raise UserError(
-            f"{resources.workers} workers with {resources.worker_cpus} CPUs each need more than this machine's "
-            f"{usable_cpus()} CPUs; lower --resources.workers, or set RAY_ADDRESS to use a cluster"
+            f"{workers} workers with {resources.worker_cpus} CPUs each need more than this machine's "
+            f"{usable_cpus()} CPUs; lower --workers, or set RAY_ADDRESS to use a cluster"
         )
 
 
@@ -164,6 +166,8 @@ def train_on_workers(settings: TrainSettings, corpus_url: str, run_url: str, act
     from ray.train.torch import TorchTrainer
 
     resources = settings.resources
+    least, most = resources.least_workers, resources.most_workers
+    number: Any = least if least == most else (least, most)  # a pair makes Ray Train elastic
     each = {"CPU": resources.worker_cpus} | ({"GPU": resources.worker_gpus} if gpu else {})
     trainer = TorchTrainer(
         train_loop_per_worker,
@@ -173,7 +177,7 @@ def train_on_workers(settings: TrainSettings, corpus_url: str, run_url: str, act
             "run": run_url,
             "kmeans": actor,
         },
-        scaling_config=ScalingConfig(num_workers=resources.workers, use_gpu=gpu, resources_per_worker=each),
+        scaling_config=ScalingConfig(num_workers=number, use_gpu=gpu, resources_per_worker=each),
         run_config=RunConfig(
             name="ray",
             storage_path=run_url,

@@ -17,6 +17,10 @@ class Group:
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
+    def share_of(self, size: int) -> int:
+        """This worker's part of a batch; the first workers take what is left over."""
+        return size // self.world + (self.rank < size % self.world)
+
     def wait(self) -> None:
         """Returns when all workers are here."""
         if self.world > 1:

@@ -132,7 +132,7 @@ def choose(images: int, landmarks: int, machine: Machine) -> TrainSettings:
                     "visible": small.stage2.visible,
                 }
             ),
-            "resources": base.resources.model_copy(update={"workers": workers}),
+            "resources": base.resources.model_copy(update={"workers": str(workers)}),
         }
     )
     return TrainSettings.model_validate(scaled(settings, share).model_dump())
@@ -151,7 +151,7 @@ def reasons(settings: TrainSettings, images: int, machine: Machine, minutes: flo
         schedule = "the schedule of the faces-cpu preset"
     clusters, population, wanted = settings.cluster.clusters, two.min_population, two.most_landmarks
     return [
-        Choice("workers", str(settings.resources.workers), f"{device}, {machine.memory_gb:.0f} GB of memory free"),
+        Choice("workers", settings.resources.workers, f"{device}, {machine.memory_gb:.0f} GB of memory free"),
         Choice("network", f"{network.input_size} px, width {network.width}", size),
         Choice("clusters", str(clusters), f"{CLUSTERS_PER_LANDMARK:g} for each landmark: some will be merged"),
         Choice("landmarks", str(wanted), "as you asked; of more, the steadiest are kept"),
@@ -204,7 +204,7 @@ class Speed:
 def measure(settings: TrainSettings, machine: Machine, repeats: int = 3) -> Speed:
     """Times one worker's share of a step of each stage, on random images; some seconds."""
     device = torch.device("cuda" if machine.gpus else "cpu")
-    workers, clusters = settings.resources.workers, settings.cluster.clusters
+    workers, clusters = settings.resources.most_workers, settings.cluster.clusters
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, machine.cpus // workers))
     generator = torch.Generator(device).manual_seed(0)

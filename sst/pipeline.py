@@ -228,7 +228,7 @@ def share_keypoints(settings: TrainSettings, corpus: Corpus, folder: str, tools:
 
 def describe(settings: TrainSettings, corpus: Corpus, gpu: bool, kmeans: str) -> str:
     """What the run works with, in one line."""
-    images, workers = corpus.manifest.samples_of("train"), settings.resources.workers
+    images, workers = corpus.manifest.samples_of("train"), settings.resources.workers.replace(":", " to ")
     return (
         f"{images} training images in {len(corpus.train)} shards; {workers} workers on {'GPUs' if gpu else 'CPUs'}, "
         f"{settings.resources.precision}; k-means by {kmeans}"

@@ -171,7 +171,9 @@ def run_sweep(sweep: Sweep, *, concurrent: int | None, early_stop: bool, resume:
         from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
         logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # it misses files that nobody asked for
-        room = concurrent or room_for(resources.workers, resources.worker_gpus if gpu else resources.worker_cpus, gpu)
+        room = concurrent or room_for(
+            resources.most_workers, resources.worker_gpus if gpu else resources.worker_cpus, gpu
+        )
         lengths = [plan(with_values(sweep.settings, values), images)[-1] for values in sweep.trials]
         longest = max(phase.first_step + phase.steps for phase in lengths)
         scheduler: Any = FIFOScheduler()

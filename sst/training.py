@@ -255,7 +255,8 @@ class Trainer:
         partner = None if record.partner is None else torch.tensor(record.partner, device=self.group.device)
         generator = torch.Generator(self.group.device)
         wrapped = self.group.wrap(self.model.train())
-        figures = Figures(self.group, phase, self._batch_size(phase))
+        share = self.group.share_of(self._batch_size(phase))
+        figures = Figures(phase, self._batch_size(phase))
         skipped = 0
         stream = self._stream(phase, done, record) if done < phase.steps else iter(())
         for step in range(done, phase.steps):
@@ -268,7 +269,8 @@ class Trainer:
             else:
                 losses = stage2_losses(wrapped, batch, active, self.settings, generator, partner)
             self.optimizer.zero_grad()
-            losses["loss"].backward()
+            # DDP takes the mean over the workers, each of which has the mean over its share of the batch.
+            (losses["loss"] * (share * self.group.world / self._batch_size(phase))).backward()
             # DDP has averaged the gradients, so this norm, and what follows from it, is the same on all ranks.
             norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
             if torch.isfinite(norm):
@@ -307,12 +309,12 @@ class Trainer:
             # Two phases on the labels of one round do not exist, so the round tells them apart.
             derived_seed(self.settings.seed, DATA_SEED, phase.round) % 2**32,
         )
-        size, view = self._batch_size(phase), self.settings.network.input_size
-        return batches(examples, size, view, skip=done, bad=self.undecodable)
+        share, view = self.group.share_of(self._batch_size(phase)), self.settings.network.input_size
+        return batches(examples, share, view, skip=done, bad=self.undecodable)
 
     def _batch_size(self, phase: Phase) -> int:
-        size = self.settings.stage1.pairs if phase.stage == 1 else self.settings.stage2.batch
-        return size // self.group.world
+        """Images, or pairs, of a step over all workers."""
+        return self.settings.stage1.pairs if phase.stage == 1 else self.settings.stage2.batch
 
     def _restore(self) -> tuple[int, int]:
         """Builds model and optimizer as they were; returns phase index and steps done in it."""
@@ -375,9 +377,9 @@ class Trainer:
 class Figures:
     """Means of the losses and the speed since the last line; reads the device only when a line is made."""
 
-    def __init__(self, group: Group, phase: Phase, batch_size: int) -> None:
-        """Starts counting."""
-        self.phase, self.group, self.images = phase, group, batch_size * group.world
+    def __init__(self, phase: Phase, images: int) -> None:
+        """Starts counting; a step has so many images, or pairs, over all workers."""
+        self.phase, self.images = phase, images
         self._reset()
 
     def _reset(self) -> None:

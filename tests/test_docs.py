@@ -16,8 +16,8 @@ from PIL import Image
 
 from cluster import storage
 from docs import reference
-from jobs import demo, train
-from sst import own
+from jobs import compare, demo, train, tune
+from sst import comparison, own, sweep
 from sst.pipeline import claim, finish_run, open_corpus
 from sst.rounds import RunDirectory
 from sst.toy import draw
@@ -85,7 +85,7 @@ def world(tmp_path, monkeypatch, finished):
     writer.write(draw(1, 0, 96).image)
     writer.release()
 
-    def quickly(settings, shards, run_url, **_):
+    def quickly(settings, shards, run_url, tracking):
         run, corpus = RunDirectory(storage.absolute(run_url)), open_corpus(storage.absolute(shards))
         claim(run, settings, corpus)
         known = finished.setdefault(corpus.manifest_hash, finished["folder"] / str(len(finished)))
@@ -98,12 +98,23 @@ def world(tmp_path, monkeypatch, finished):
     monkeypatch.setattr(train, "train_run", quickly)
     monkeypatch.setattr(train, "measure", lambda settings, machine: own.Speed(0.1, 0.1, 3.5))
     monkeypatch.setattr(demo, "train_run", quickly)
+    one = sweep.TrialRecord(values={}, status="finished", objective=1.0)
+    monkeypatch.setattr(
+        tune, "run_sweep", lambda told, **_: [one.model_copy(update={"values": v}) for v in told.trials]
+    )
+    compared = comparison.ComparedRun("0", "k20", "FINISHED", metrics={"model/landmarks": 20.0})
+    monkeypatch.setattr(compare, "fetch_runs", lambda uri, experiment, told: [compared])
+    monkeypatch.setattr(compare, "track_page", lambda *_: "0")
     return tmp_path
 
 
 def run(command: str) -> None:
     """Runs a command of the docs, or what can be run of it here."""
     words = shlex.split(command)
+    if words[0] == "ray" and "--" not in words:
+        files = [word for word in words if word.endswith(".yaml")]
+        assert words[1] in ("up", "down", "dashboard", "job") and all((ROOT / file).exists() for file in files)
+        return
     if words[0] == "ray":
         words = words[words.index("--") + 1 :]
     if words[0] == "make":

@@ -277,7 +277,7 @@ def test_a_whole_small_run_at_full_size(tmp_path):
             "stage2": published.stage2.model_copy(
                 update={"iterations": 2, "batch": 2, "merge_after": 1, "min_population": 10}
             ),
-            "resources": published.resources.model_copy(update={"workers": 1}),
+            "resources": published.resources.model_copy(update={"workers": "1"}),
         }
     )
     lines: list[dict] = []

@@ -66,7 +66,7 @@ def test_resources_may_change_between_starts_but_not_the_arithmetic(tmp_path):
     write_toy(str(tmp_path / "shards"), train=16, test=4)
     corpus, run, settings = open_corpus(str(tmp_path / "shards")), RunDirectory(str(tmp_path)), PRESETS["toy-cpu"][1]
     claim(run, settings, corpus)
-    resources = settings.resources.model_copy(update={"workers": 1, "checkpoint_steps": 7, "max_failures": 0})
+    resources = settings.resources.model_copy(update={"workers": "1:2", "checkpoint_steps": 7, "max_failures": 0})
     assert claim(run, settings.model_copy(update={"resources": resources}), corpus) is False
     exact = settings.resources.model_copy(update={"precision": "float32"})
     with pytest.raises(UserError, match="settings.resources.precision: bf16 -> float32"):
@@ -169,7 +169,7 @@ MISTAKES = [
     ("train", TRAIN + "{}/shards --stage1.roundz 3", "--stage1.rounds"),
     ("train", TRAIN + "{}/shards --stage1.rounds many", "many"),
     ("train", TRAIN + "{}/shards --stage1.rounds -1", "rounds Input should be greater than or equal to 0"),
-    ("train", TRAIN + "{}/shards --stage2.batch 3", "stage2.batch 3 must be a multiple of resources.workers 2"),
+    ("train", TRAIN + "{}/shards --stage2.batch 1", "stage2.batch 1 must be at least 1 per worker, and there may be 2"),
     ("train", TRAIN + "{}/shards --network.input-size 100", "input_size 100 must be a multiple of 4 * 2**depth = 32"),
     ("train", TRAIN + "{}/shards --network.width 60", "width 60 must be a multiple of 8 * groups = 64"),
     ("train", TRAIN + "{}/shards --stage1.warmup-iterations 0", "stage1.rounds needs stage1.warmup_iterations above 0"),

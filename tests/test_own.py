@@ -43,7 +43,7 @@ def test_any_folder_and_machine_give_sound_settings(images, landmarks, cpus, gpu
     assert TrainSettings.model_validate(settings.model_dump()) == settings
     assert settings.stage2.most_landmarks == landmarks < settings.cluster.clusters
     assert settings.stage2.min_population < images
-    assert settings.resources.workers <= (gpus or cpus)
+    assert settings.resources.most_workers <= (gpus or cpus)
     assert all("?" not in choice.why for choice in reasons(settings, images, Machine(cpus, gpus, memory), None))
 
 
@@ -114,7 +114,7 @@ def folder(tmp_path):
 def started(monkeypatch):
     """What would be trained."""
     runs = []
-    monkeypatch.setattr(train, "train_run", lambda *args, **options: runs.append((args, options)))
+    monkeypatch.setattr(train, "train_run", lambda *args: runs.append(args))
     monkeypatch.setattr(train, "print_outcome", lambda *args: None)
     monkeypatch.setattr(train, "measure", lambda settings, machine: SPEED)
     return runs
@@ -126,9 +126,9 @@ def own(folder, *more: str) -> None:
 
 def test_a_folder_is_packed_settled_and_trained(folder, started, capsys):
     own(folder, "--landmarks", "12")
-    (settings, shards, run), options = started[0]
+    settings, shards, run, tracking = started[0]
     said = " ".join(capsys.readouterr().out.split())
-    assert options["name"] == "owls" and run.endswith("runs/owls")
+    assert tracking.name == "owls" and run.endswith("runs/owls")
     assert settings.cluster.clusters == 18 and settings.stage2.most_landmarks == 12
     assert "1.5 for each landmark" in said and "GB of memory" in said and "training images are few" in said
     assert json.loads((folder.parent / "runs" / "owls" / "shards" / "manifest.json").read_text())["corpus"] == "owls"
@@ -138,7 +138,7 @@ def test_going_on_keeps_the_settings_that_were_chosen(folder, started, monkeypat
     own(folder, "--landmarks", "12")
     monkeypatch.setattr(train, "this_machine", lambda: Machine(64, 0, 500))
     own(folder, "--landmarks", "12")
-    assert started[0][0] == started[1][0]
+    assert started[0] == started[1]
     with pytest.raises(SystemExit) as exit_:
         own(folder, "--landmarks", "13")
     assert exit_.value.code == 2 and "landmarks: 12 -> 13" in capsys.readouterr().err

@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sst import extraction
 from sst.checkpoint import latest_checkpoint, write_checkpoint
 from sst.config import PRESETS, Stage1Settings, Stage2Settings, TrainSettings
 from sst.evaluation import repeatability
+from sst.group import Group
 from sst.interrupt import Stopped
 from sst.model import keep_landmarks, load_model
 from sst.network import LandmarkDetector
@@ -330,3 +333,13 @@ def test_descriptors_that_are_zero_or_not_finite_are_dropped_and_counted(corpus,
     train_locally(corpus, str(tmp_path), local_tools(lines))
     dropped = [line["unusable_descriptors"] for line in lines if "unusable_descriptors" in line]
     assert len(dropped) == 3 and all(number > 48 for number in dropped)
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=40), st.integers(1, 12))
+def test_workers_with_unequal_shares_of_a_batch_give_its_mean(values, world):
+    """Each has the mean over its share, which DDP averages; images are spread over the workers in turn."""
+    size, world = len(values), min(world, len(values))
+    shares = [Group(rank, world).share_of(size) for rank in range(world)]
+    assert sum(shares) == size and max(shares) - min(shares) <= 1
+    means = [np.mean(values[rank::world]) * (share * world / size) for rank, share in enumerate(shares)]
+    assert np.mean(means) == pytest.approx(np.mean(values), abs=1e-9)
