@@ -5,14 +5,21 @@ process reads the shards that it needs.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
 from cluster.assignment import NearestStatistics, assign_shard
 from cluster.kmeans import Backend, KMeansResult, choose_backend, fit
+from cluster.pool import PoolMember, fit_pool
 from cluster.shards import Descriptors
+
+POOL_ATTEMPTS = 4
+"""How often a fit over several actors is begun, if one of them is lost each time."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +36,23 @@ class KMeansSettings:
 class KMeansActor:
     """Fits centroids on rows that it reads from the descriptor shards itself.
 
-    It keeps no state, so a restarted actor gives the same answer.
+    It keeps no state, so a restarted actor gives the same answer. Told to, it spreads the rows over further actors,
+    each with a GPU of its own where there are any.
     """
 
+    def __init__(self, members: int = 1, member_gpus: float = 0) -> None:
+        """Takes the number of actors that share a sample, and the GPUs of each."""
+        self._members, self._member_gpus = members, member_gpus
+
     def backend(self, requested: Backend = "auto") -> str:
-        """What would compute here: "cuml" or "torch", to be shown before the first fit."""
-        return choose_backend(requested)
+        """What would compute: "cuml" or "torch", to be shown before the first fit."""
+        if self._members == 1:
+            return choose_backend(requested)
+        import ray
+
+        # This actor has no GPU then: a member must tell.
+        task: Any = ray.remote(choose_backend)
+        return str(ray.get(task.options(num_gpus=self._member_gpus, num_cpus=0).remote(requested)))
 
     def fit(
         self,
@@ -52,6 +70,8 @@ class KMeansActor:
         Raises:
             ValueError: if the sample is empty or `cluster.kmeans.fit` refuses it.
         """
+        if self._members > 1:
+            return self._fit_pool(sample, settings, start)
         return fit(
             read_sample(sample),
             settings.clusters,
@@ -61,6 +81,71 @@ class KMeansActor:
             start=start,
             backend=settings.backend,
         )
+
+    def _fit_pool(
+        self, sample: Sequence[tuple[str, np.ndarray]], settings: KMeansSettings, start: np.ndarray | None
+    ) -> KMeansResult:
+        """Fits over actors that live as long as the fit; where one is lost, the fit begins again."""
+        import ray
+
+        nccl = self.backend(settings.backend) == "cuml"
+        actor: Any = ray.remote(SampleMember)
+        lost = retry_if_exception_type(ray.exceptions.RayActorError)
+        for attempt in Retrying(retry=lost, stop=stop_after_attempt(POOL_ATTEMPTS), reraise=True):
+            with attempt, ExitStack() as stack:
+                members = []
+                for part in even_parts(sample, self._members):
+                    members.append(actor.options(num_gpus=self._member_gpus, num_cpus=0).remote(part))
+                    stack.callback(ray.kill, members[-1])
+                return fit_pool(
+                    partial(_call_all, members),
+                    len(members),
+                    settings.clusters,
+                    iterations=settings.iterations,
+                    tolerance=settings.tolerance,
+                    seed=settings.seed,
+                    start=start,
+                    nccl=nccl,
+                )
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _call_all(members: Sequence[Any], method: str, told: Sequence[tuple[Any, ...]]) -> list[Any]:
+    import ray
+
+    results: list[Any] = ray.get([getattr(one, method).remote(*own) for one, own in zip(members, told, strict=True)])
+    return results
+
+
+class SampleMember(PoolMember):
+    """A member of the pool that reads its part of the sample itself."""
+
+    def __init__(self, sample: Sequence[tuple[str, np.ndarray]]) -> None:
+        """Reads the rows, given as (descriptor shard, row indices) pairs."""
+        super().__init__(read_sample(sample))
+
+
+def even_parts(sample: Sequence[tuple[str, np.ndarray]], parts: int) -> list[list[tuple[str, np.ndarray]]]:
+    """Splits a sample into parts of as many rows each, in its order; fewer parts where there are fewer rows.
+
+    Raises:
+        ValueError: if there is no row at all.
+    """
+    counts = [len(rows) for _, rows in sample]
+    total, ends = sum(counts), np.cumsum([0, *counts])
+    parts = min(parts, total)
+    if not parts:
+        raise ValueError("no descriptor in any shard: no keypoints were found, so nothing can be clustered")
+    split: list[list[tuple[str, np.ndarray]]] = []
+    for part in range(parts):
+        first, last = total * part // parts, total * (part + 1) // parts
+        own = [
+            (url, rows[max(0, first - begin) : last - begin])
+            for (url, rows), begin, count in zip(sample, ends, counts, strict=False)
+            if begin < last and begin + count > first
+        ]
+        split.append(own)
+    return split
 
 
 def read_sample(sample: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
@@ -82,8 +167,8 @@ def assign_shard_task(descriptors_url: str, labels_url: str, centroids_KD: np.nd
     return statistics
 
 
-def start_actor(*, num_gpus: float = 0, num_cpus: float = 1) -> Any:
-    """Starts the k-means actor on the running Ray cluster.
+def start_actor(*, num_gpus: float = 0, num_cpus: float = 1, members: int = 1) -> Any:
+    """Starts the k-means actor on the running Ray cluster; with several members, each of them has the GPUs.
 
     A killed actor is restarted and its fit repeated. It ends with the process that started it.
 
@@ -93,4 +178,6 @@ def start_actor(*, num_gpus: float = 0, num_cpus: float = 1) -> Any:
     import ray
 
     actor = ray.remote(KMeansActor)
-    return actor.options(num_gpus=num_gpus, num_cpus=num_cpus, max_restarts=3, max_task_retries=3).remote()
+    own = num_gpus if members == 1 else 0
+    options = actor.options(num_gpus=own, num_cpus=num_cpus, max_restarts=3, max_task_retries=3)
+    return options.remote(members, num_gpus)

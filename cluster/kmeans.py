@@ -135,27 +135,54 @@ def _check(x_ND: np.ndarray, clusters: int, start: np.ndarray | None) -> None:
         raise ValueError(f"k-means needs rows (N, D), not an array of shape {x_ND.shape}")
     if clusters < 1:
         raise ValueError(f"k-means needs at least 1 cluster, not {clusters}")
-    broken = len(x_ND) - int(np.isfinite(x_ND).all(axis=1).sum())
+    check_rows(len(x_ND), count_broken(x_ND), len(distinct_rows(x_ND, enough=clusters)), clusters)
+    check_start(start, clusters, x_ND.shape[1])
+
+
+def check_rows(rows: int, broken: int, distinct: int, clusters: int) -> None:
+    """Refuses what can't be clustered.
+
+    Args:
+        rows: number of rows.
+        broken: rows that are not finite.
+        distinct: distinct rows, counted to `clusters` at most.
+        clusters: K.
+
+    Raises:
+        ValueError: naming the numbers.
+    """
     if broken:
-        raise ValueError(f"{broken} of {len(x_ND)} descriptors are not finite; drop them before k-means")
-    distinct = _count_distinct(x_ND, enough=clusters)
+        raise ValueError(f"{broken} of {rows} descriptors are not finite; drop them before k-means")
     if distinct < clusters:
         raise ValueError(
             f"{clusters} clusters need at least as many distinct descriptors, and there are only {distinct} "
-            f"({len(x_ND)} in all); take fewer clusters or find more keypoints"
+            f"({rows} in all); take fewer clusters or find more keypoints"
         )
-    if start is not None and start.shape != (clusters, x_ND.shape[1]):
-        raise ValueError(f"start centroids have shape {start.shape}, needed is {(clusters, x_ND.shape[1])}")
 
 
-def _count_distinct(x_ND: np.ndarray, enough: int) -> int:
-    """Distinct rows, counted no further than `enough`, so that real data is hardly looked at."""
+def check_start(start: np.ndarray | None, clusters: int, width: int) -> None:
+    """Refuses start centroids of another shape.
+
+    Raises:
+        ValueError: naming both shapes.
+    """
+    if start is not None and start.shape != (clusters, width):
+        raise ValueError(f"start centroids have shape {start.shape}, needed is {(clusters, width)}")
+
+
+def count_broken(x_ND: np.ndarray) -> int:
+    """Rows that are not finite."""
+    return len(x_ND) - int(np.isfinite(x_ND).all(axis=1).sum())
+
+
+def distinct_rows(x_ND: np.ndarray, enough: int) -> set[bytes]:
+    """Distinct rows, sought no further than `enough`, so that real data is hardly looked at."""
     seen: set[bytes] = set()
     for row_D in x_ND:
         seen.add((row_D + 0).tobytes())  # + 0 makes -0.0 equal 0.0
         if len(seen) >= enough:
             break
-    return len(seen)
+    return seen
 
 
 def _to_device(array: np.ndarray) -> torch.Tensor:
@@ -166,7 +193,7 @@ def _solve_torch(
     x_ND: np.ndarray, clusters: int, iterations: int, tolerance: float, seed: int, start: np.ndarray | None
 ) -> tuple[np.ndarray, int]:
     if start is None:
-        start = _plus_plus(x_ND, clusters, np.random.default_rng(seed))
+        start = plus_plus(seeding_rows(x_ND, clusters, rng := np.random.default_rng(seed)), clusters, rng)
     x, centroids = _to_device(x_ND), _to_device(start.astype(np.float32))
     small = tolerance * float(x.var(dim=0, correction=0).mean())
     for step in range(1, iterations + 1):
@@ -179,6 +206,12 @@ def _solve_torch(
 
 def _step(x_ND: torch.Tensor, centroids_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
     """One Lloyd step: the new centroids, and the old ones' counts and total squared distance."""
+    sums, counts, total = nearest_sums(x_ND, centroids_KD)
+    return means(sums, counts, centroids_KD), counts, float(total)
+
+
+def nearest_sums(x_ND: torch.Tensor, centroids_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the rows nearest to each centroid: sum (K, D) float64, number (K,) int64; and the total squared distance."""
     clusters = len(centroids_KD)
     sums = torch.zeros_like(centroids_KD, dtype=torch.float64)
     counts = torch.zeros(clusters, dtype=torch.int64, device=x_ND.device)
@@ -189,15 +222,24 @@ def _step(x_ND: torch.Tensor, centroids_KD: torch.Tensor) -> tuple[torch.Tensor,
         sums += torch.zeros_like(centroids_KD).index_add_(0, nearest, chunk)
         counts += torch.bincount(nearest, minlength=clusters)
         total += (partial + chunk.square().sum(dim=1)).clamp(min=0).sum(dtype=torch.float64)
-    means = (sums / counts.clamp(min=1)[:, None]).float()
-    return torch.where((counts > 0)[:, None], means, centroids_KD), counts, float(total)
+    return sums, counts, total
 
 
-def _plus_plus(x_ND: np.ndarray, clusters: int, rng: np.random.Generator) -> np.ndarray:
+def means(sums_KD: torch.Tensor, counts_K: torch.Tensor, centroids_KD: torch.Tensor) -> torch.Tensor:
+    """The new centroids, float32; one without rows stays where it is."""
+    return torch.where((counts_K > 0)[:, None], (sums_KD / counts_K.clamp(min=1)[:, None]).float(), centroids_KD)
+
+
+def seeding_rows(x_ND: np.ndarray, clusters: int, rng: np.random.Generator) -> np.ndarray:
+    """The rows that k-means++ looks at."""
+    if len(x_ND) <= SEEDING_ROWS:
+        return x_ND
+    drawn = x_ND[np.sort(rng.choice(len(x_ND), SEEDING_ROWS, replace=False, shuffle=False))]
+    return drawn if len(distinct_rows(drawn, clusters)) == clusters else x_ND
+
+
+def plus_plus(x_ND: np.ndarray, clusters: int, rng: np.random.Generator) -> np.ndarray:
     """k-means++: each further centroid is a row drawn in proportion to its squared distance."""
-    if len(x_ND) > SEEDING_ROWS:
-        drawn = x_ND[np.sort(rng.choice(len(x_ND), SEEDING_ROWS, replace=False, shuffle=False))]
-        x_ND = drawn if _count_distinct(drawn, clusters) == clusters else x_ND
     x = _to_device(x_ND)
     chosen = [int(rng.integers(len(x)))]
     nearest = torch.full((len(x),), torch.inf, device=x.device)

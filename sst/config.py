@@ -105,6 +105,8 @@ class ClusterSettings(Settings):
     """Descriptors that k-means trains on, drawn evenly over all shards."""
     backend: Literal["auto", "cuml", "torch"] = "auto"
     """cuml needs a GPU; torch runs anywhere; auto takes cuml where a GPU is, and says which it took."""
+    actors: Positive = 1
+    """Actors that share the sample of k-means, for samples past one GPU: over NCCL, or on CPUs by sums of each."""
     warm_start: bool = True
     """Start from the previous round's centroids, so that cluster identities persist."""
 

@@ -137,7 +137,8 @@ def ray_tools(
 
 def start_kmeans(settings: TrainSettings, gpu: bool) -> Any:
     """Starts the run's k-means actor; it takes no CPU of its own, since it works while the workers wait."""
-    return start_actor(num_gpus=settings.resources.kmeans_gpus if gpu else 0.0, num_cpus=0)
+    gpus = settings.resources.kmeans_gpus if gpu else 0.0
+    return start_actor(num_gpus=gpus, num_cpus=0, members=settings.cluster.actors)
 
 
 def kmeans_backend(actor: Any, settings: TrainSettings) -> str:

@@ -256,7 +256,7 @@ class Trainer:
         generator = torch.Generator(self.group.device)
         wrapped = self.group.wrap(self.model.train())
         share = self.group.share_of(self._batch_size(phase))
-        figures = Figures(phase, self._batch_size(phase))
+        figures = Figures(phase, self._batch_size(phase), self.group.world)
         skipped = 0
         stream = self._stream(phase, done, record) if done < phase.steps else iter(())
         for step in range(done, phase.steps):
@@ -377,9 +377,9 @@ class Trainer:
 class Figures:
     """Means of the losses and the speed since the last line; reads the device only when a line is made."""
 
-    def __init__(self, phase: Phase, images: int) -> None:
+    def __init__(self, phase: Phase, images: int, workers: int) -> None:
         """Starts counting; a step has so many images, or pairs, over all workers."""
-        self.phase, self.images = phase, images
+        self.phase, self.images, self.workers = phase, images, workers
         self._reset()
 
     def _reset(self) -> None:
@@ -407,6 +407,7 @@ class Figures:
             "images_per_second": self.steps * self.images / seconds,
             "waiting_share": self.waited / seconds,
             "memory_gb": peak_memory_gb(),
+            "workers": self.workers,
         }
         line = {
             "kind": "step",

@@ -115,7 +115,7 @@ NOT_PUBLISHED = {
 }
 """Settings that have no counterpart in the paper: what the free default detector takes, and how a run is run."""
 
-NEUTRAL = {"stage2.flip_share": 0, "stage2.most_landmarks": None}
+NEUTRAL = {"stage2.flip_share": 0, "stage2.most_landmarks": None, "cluster.actors": 1}
 """Additions of ours, with the value at which they change nothing."""
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sst import extraction
 from sst.checkpoint import latest_checkpoint, write_checkpoint
-from sst.config import PRESETS, Stage1Settings, Stage2Settings, TrainSettings
+from sst.config import PRESETS, ResourceSettings, Stage1Settings, Stage2Settings, TrainSettings
 from sst.evaluation import repeatability
 from sst.group import Group
 from sst.interrupt import Stopped
@@ -237,8 +237,12 @@ def test_skipped_batches_are_those_of_an_unbroken_stream(finished):
 
 
 def test_settings_that_contradict_each_other_are_refused():
-    with pytest.raises(ValueError, match="multiple"):
-        TrainSettings(stage2=Stage2Settings(batch=3))
+    with pytest.raises(ValueError, match="at least 1 per worker"):
+        TrainSettings(stage2=Stage2Settings(batch=1))
+    with pytest.raises(ValueError, match="least come first"):
+        ResourceSettings(workers="8:2")
+    with pytest.raises(ValueError, match="workers"):
+        ResourceSettings(workers="0:2")
     with pytest.raises(ValueError, match="untrained"):
         TrainSettings(stage1=Stage1Settings(warmup_iterations=0))
     with pytest.raises(ValueError, match="roundz"):
