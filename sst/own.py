@@ -213,7 +213,7 @@ def measure(settings: TrainSettings, machine: Machine, repeats: int = 3) -> Spee
     seconds = []
     for model, total in zip(models, (settings.stage1.pairs, settings.stage2.batch), strict=True):
         model.to(device).train()
-        batch = _random_batch(total // workers, settings).to(device)
+        batch = random_batch(total // workers, settings).to(device)
         taken = []
         for _ in range(1 + repeats):
             started = time.perf_counter()
@@ -231,7 +231,7 @@ def measure(settings: TrainSettings, machine: Machine, repeats: int = 3) -> Spee
     return Speed(seconds[0], seconds[1], memory)
 
 
-def _random_batch(count: int, settings: TrainSettings) -> Batch:
+def random_batch(count: int, settings: TrainSettings) -> Batch:
     """Images and labels like those of training: half as large again as the view, 20 points each."""
     generator, points = torch.Generator().manual_seed(0), 20
     side = settings.network.input_size * 3 // 2

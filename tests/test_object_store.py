@@ -1,15 +1,18 @@
 """Corpus and run on an S3-compatible store: no file of theirs on any disk."""
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import boto3
 import pytest
+import s3fs
 from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
 from cluster import storage
 from sst.lock import RunHeldError, RunLock
-from tests.small import SETTINGS, files, local_tools, train_locally, write_toy
+from tests.proxy import Proxy
+from tests.small import files, local_tools, train_locally, write_toy
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +33,31 @@ def bucket():
         boto3.client("s3").create_bucket(Bucket="corpus")
         yield "s3://corpus"
     server.stop()
+
+
+@pytest.fixture
+def cut_connections(bucket, monkeypatch):
+    """A bucket behind a proxy that again and again cuts all connections, and refuses new ones for a moment."""
+    proxy, stop = Proxy(int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2])), threading.Event()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+    monkeypatch.setattr(storage, "FIRST_PAUSE", 0.1)
+    s3fs.S3FileSystem.clear_instance_cache()
+    cuts = []
+
+    def cut() -> None:
+        while not stop.wait(0.7):
+            proxy.cut()
+            cuts.append(proxy.taken)
+            stop.wait(0.2)
+            proxy.up = True
+
+    thread = threading.Thread(target=cut, daemon=True)
+    thread.start()
+    yield bucket, cuts
+    stop.set()
+    thread.join()
+    proxy.close()
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def all_objects(url: str) -> dict[str, bytes]:
@@ -68,14 +96,30 @@ def test_a_run_on_the_store_is_locked(bucket):
     assert not storage.exists(f"{bucket}/locked/lock.json")
 
 
-def test_a_run_on_the_store_gives_the_bytes_of_one_on_disk(bucket, tmp_path):
-    write_toy(str(tmp_path / "shards"), train=36, test=12)
-    write_toy(f"{bucket}/small/shards", train=36, test=12)
-    train_locally(str(tmp_path / "shards"), str(tmp_path / "run"), local_tools([]))
-    train_locally(f"{bucket}/small/shards", f"{bucket}/small/run", local_tools([]))
-    assert all_objects(f"{bucket}/small/shards") == files(tmp_path / "shards")
-    here, there = files(tmp_path / "run"), all_objects(f"{bucket}/small/run")
-    assert here.keys() == there.keys()
-    same = [name for name in here if name.endswith((".safetensors", ".npz"))]
-    assert len(same) > 10 and all(here[name] == there[name] for name in same)
-    assert SETTINGS.stage1.rounds == 2
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory):
+    """Corpus and run, file by file, as they are on a disk."""
+    folder = tmp_path_factory.mktemp("disk")
+    write_toy(str(folder / "shards"), train=36, test=12)
+    train_locally(str(folder / "shards"), str(folder / "run"), local_tools([]))
+    return files(folder / "shards"), files(folder / "run")
+
+
+def run_on_store(folder: str, shards: dict[str, bytes], run: dict[str, bytes]) -> None:
+    write_toy(f"{folder}/shards", train=36, test=12)
+    train_locally(f"{folder}/shards", f"{folder}/run", local_tools([]))
+    assert all_objects(f"{folder}/shards") == shards
+    found = all_objects(f"{folder}/run")
+    assert found.keys() == run.keys()
+    same = [name for name in run if name.endswith((".safetensors", ".npz"))]
+    assert len(same) > 10 and all(run[name] == found[name] for name in same)
+
+
+def test_a_run_on_the_store_gives_the_bytes_of_one_on_disk(bucket, on_disk):
+    run_on_store(f"{bucket}/calm", *on_disk)
+
+
+def test_connections_that_are_cut_cost_nothing_of_a_run(cut_connections, on_disk):
+    bucket, cuts = cut_connections
+    run_on_store(f"{bucket}/cut", *on_disk)
+    assert len(cuts) > 5 and cuts[-1] > cuts[0]
