@@ -199,7 +199,7 @@ def test_python_blocks_of_the_docs_compile():
 
 @pytest.mark.parametrize("page", ["docs/reliability.md", "docs/security.md"])
 def test_every_test_that_a_page_names_exists(page):
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
     text = (ROOT / page).read_text()
     named = re.findall(r"`(test_\w+)`", text)
     assert len(named) >= 8 and [name for name in named if f"def {name}(" not in tests] == []
