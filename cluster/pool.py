@@ -56,7 +56,7 @@ class PartSums:
     Attributes:
         sums: float64 (K, D): sum of the rows nearest to each centroid.
         counts: int64 (K,): their number.
-        total: squared distance of all rows to their nearest centroid.
+        total: squared distance of all rows to their nearest centroid, less the rows' own squares.
     """
 
     sums: torch.Tensor
@@ -183,7 +183,7 @@ def fit_pool(
     last: PartSums = reduce(PartSums.__add__, call("sums", [(centroids,)] * members))
     return KMeansResult(
         centroids=centroids,
-        inertia=last.total / sum(rows),
+        inertia=max(0.0, last.total + float(np.sum([part.square for part in facts]))) / sum(rows),
         counts=last.counts.numpy(),
         iterations=steps,
         backend="cuml" if nccl else "torch",
