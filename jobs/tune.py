@@ -34,9 +34,9 @@ class TuneCommand(BaseModel):
     """Directory or URL of the shards that jobs.pack wrote."""
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
     """Name of the sweep."""
-    vary: tuple[str, ...] = ()
-    """What varies: SETTING=20,30,50 (one of these), SETTING=1e-4..1e-3 (a range), SETTING=1e-4..1e-3:log. By default
-    the number of clusters, the learning rate and the detector's threshold."""
+    vary: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """What varies: SETTING=20,30,50 (one of these), SETTING=1e-4..1e-3 (a range), SETTING=1e-4..1e-3:log; may be given
+    again for further settings. By default the number of clusters, the learning rate and the detector's threshold."""
     space: str | None = None
     """YAML file that maps settings to such values, as lists or ranges; --vary goes before it."""
     trials: Annotated[int, Field(ge=1, le=10_000)] = 8
