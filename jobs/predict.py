@@ -23,6 +23,7 @@ from sst.errors import UserError, exit_on_user_error
 from sst.naming import load_names
 from sst.overlay import draw_landmarks
 from sst.prediction import Found, Rows, Unreadable, as_coco, as_csv, find_sources, open_model, predict
+from sst.preflight import check_kept
 from sst.progress import with_progress
 
 OUTPUTS = ("predictions.json", "predictions.csv", "named.json", "named.csv", "pictures", "named_pictures", "video.mp4")
@@ -101,6 +102,7 @@ def run(config: Predict) -> None:
     Raises:
         UserError: if there is no model, nothing to predict on, or none of it is readable.
     """
+    check_kept(out=config.out)
     model, record, place = open_model(config.model)
     if not config.images:
         raise UserError("no images are named; give files, folders, patterns, one directory of shards or one video")

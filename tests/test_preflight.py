@@ -2,6 +2,7 @@
 
 import collections
 import errno
+import importlib
 
 import fsspec
 import pytest
@@ -11,7 +12,7 @@ from cluster import storage
 from sst import preflight, training
 from sst.config import PRESETS
 from sst.errors import UserError
-from sst.preflight import check_disk, conflicts, disk_need, out_of_memory, versions
+from sst.preflight import check_disk, check_kept, conflicts, disk_need, out_of_memory, versions
 from tests.small import SETTINGS, files, local_tools, train_locally, write_toy
 
 
@@ -122,3 +123,34 @@ def test_storage_that_stays_away_is_given_up_after_bounded_tries(store):
     with pytest.raises(ConnectionError, match="storage is away"):
         storage.read_bytes("memory://x/a")
     assert flaky.calls == storage.ATTEMPTS
+
+
+def test_a_submitted_job_writes_nowhere_that_goes_away(monkeypatch):
+    places = {"out": "runs", "runs": "s3://bucket/runs", "tracking": "sqlite:///mlflow.db"}
+    check_kept(**places)  # outside of a job
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(UserError, match="--out runs, --tracking sqlite:///mlflow.db: a submitted job"):
+        check_kept(**places)
+    check_kept(out="/shared/runs/", runs="s3://bucket/runs", tracking="sqlite:////home/me/mlflow.db")
+    check_kept(tracking="http://mlflow:5000")
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments"),
+    [
+        ("pack", "toy --count 5 --out {}"),
+        ("train", "toy-cpu --shards s3://none/shards --name a --runs {}"),
+        ("tune", "toy-cpu --shards s3://none/shards --name a --runs {}"),
+        ("demo", "--runs {}"),
+        ("compare", "--out {}"),
+        ("predict", "s3://none/model s3://none/image.jpg --out {}"),
+        ("export", "s3://none/model --out {}"),
+        ("import_checkpoint", "s3://none/file.pth --out {}"),
+    ],
+)
+def test_every_verb_refuses_relative_places_in_a_submitted_job(verb, arguments, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module(f"jobs.{verb}").main(arguments.format("here").split())
+    assert caught.value.code == 2 and " here" in capsys.readouterr().err and not list(tmp_path.iterdir())
