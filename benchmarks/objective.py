@@ -1,0 +1,75 @@
+"""Which label-free figure ranks runs as annotations do? `python -m benchmarks.objective SWEEP...`.
+
+Spearman's rank correlation of each figure, over the finished trials of a sweep, with forward and backward error.
+Figures of which more is better count with a minus, so that 1 is always perfect.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+
+MORE_IS_BETTER = ("model/label_persistence", "model/visible_share", "model/repeatability", "model/landmarks")
+
+
+def figures_of(sweep: Path) -> list[dict[str, float]]:
+    """Figures of the finished trials, and of their last round of stage 1."""
+    found = []
+    for path in sorted(sweep.glob("trials/*/trial.json")):
+        record = json.loads(path.read_text())
+        if record["status"] != "finished":
+            continue
+        rounds = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
+        own = [line for line in rounds if line.get("made_by") == "correspondence"]
+        figures = dict(record["figures"])
+        for name in ("equivariance_error", "label_persistence", "labels_per_image"):
+            figures |= {f"round {number}/{name}": line[name] for number, line in enumerate(own, 1) if name in line}
+        found.append(figures)
+    return found
+
+
+def candidates(figures: Mapping[str, float]) -> dict[str, float]:
+    """Each figure as something to be made small, and small combinations of them."""
+    own = {name: -value if name in MORE_IS_BETTER else value for name, value in figures.items() if "score" not in name}
+    error, seen = figures.get("model/equivariance_error"), figures.get("model/visible_share", 0.0)
+    again, loose = figures.get("model/repeatability", 0.0), figures.get("model/looseness")
+    if error is not None and seen:
+        own["equivariance error / visible share"] = error / seen
+    if error is not None and again:
+        own["equivariance error / repeatability"] = error / again
+    if error is not None and loose is not None:
+        own["equivariance error x off its place"] = error * loose
+    return own
+
+
+def main(sweeps: tyro.conf.Positional[tuple[Path, ...]]) -> None:
+    """Prints a table for each sweep.
+
+    Args:
+        sweeps: directories of sweeps.
+    """
+    for sweep in sweeps:
+        trials = figures_of(sweep)
+        rows = [candidates(figures) for figures in trials]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        table = Table("figure", "trials", "forward", "backward", title=f"{sweep.name}: rank correlation")
+        for name in names:
+            shown, count = [], 0
+            for score in ("score/forward", "score/backward"):
+                pairs = [
+                    (row[name], t[score]) for row, t in zip(rows, trials, strict=True) if name in row and score in t
+                ]
+                count = len(pairs)
+                value = float(spearmanr(*zip(*pairs, strict=True)).statistic) if count > 2 else math.nan
+                shown.append("-" if math.isnan(value) else f"{value:+.2f}")
+            table.add_row(name, str(count), *shown)
+        Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
