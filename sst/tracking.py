@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from cluster import storage
 from sst.metrics import MetricsReader
@@ -264,7 +265,11 @@ class Tracker:
                     raise
                 logger.warning("MLflow at %s does not know this run; a new one is begun there", redact(self._uri))
         experiment = self._client.get_experiment_by_name(self._experiment)
-        number = experiment.experiment_id if experiment else self._client.create_experiment(self._experiment)
+        if experiment:
+            number = experiment.experiment_id
+        else:
+            place = artifact_place(self._uri, self._experiment)
+            number = self._client.create_experiment(self._experiment, artifact_location=place)
         tags = {} if self._parent is None else {"mlflow.parentRunId": noted_run(self._parent)}
         self._run_id = self._client.create_run(number, run_name=self._name, tags=tags).info.run_id
         self._note()
@@ -277,6 +282,17 @@ def noted_run(run_url: str) -> str:
         FileNotFoundError: if it has none yet.
     """
     return str(storage.read_json(storage.join(run_url, "mlflow.json"))["run_id"])
+
+
+def artifact_place(uri: str, experiment: str) -> str | None:
+    """Where a new experiment's artifacts go: beside an SQLite file; a server knows its own place.
+
+    MLflow would put them below the working directory, which a submitted job loses.
+    """
+    scheme, _, path = uri.partition(":///")
+    return (
+        f"{os.path.dirname(os.path.abspath(path))}/mlruns/{quote(experiment, safe='')}" if scheme == "sqlite" else None
+    )
 
 
 def absolute_uri(uri: str) -> str:

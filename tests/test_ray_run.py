@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -93,6 +94,10 @@ def test_a_run_is_scored_pictured_and_tracked(undisturbed, folder):
     assert {file.path for file in client.list_artifacts(run_id)} == {"figures", "model", "report.html", "rounds"}
     assert run.data.tags["version.torch"] == torch.__version__ and len(run.data.tags["manifest_sha256"]) == 64
     assert run.data.metrics["model/landmarks"] >= 1
+    model = mlflow.pyfunc.load_model(f"{run.info.artifact_uri}/model")
+    found = model.predict(np.zeros((2, 64, 64, 3), np.uint8))
+    assert found["points"].shape == (2, run.data.metrics["model/landmarks"], 2)
+    assert found["confidence"].shape == found["points"].shape[:2] and model.metadata.signature is not None
     pictures = {file.path for file in client.list_artifacts(run_id, "rounds")}
     assert pictures == {f"rounds/{number:04d}.png" for number in range(len(list((undisturbed / "rounds").iterdir())))}
 

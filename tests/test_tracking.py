@@ -179,6 +179,8 @@ def test_a_resumed_run_keeps_its_mlflow_run(tmp_path):
     assert [m.value for m in history] == [1.0, 0.0]
     assert runs[0].data.metrics["loss"] == pytest.approx(0.0)
     assert runs[0].data.params == {"workers": "2", "seed": "0"}
+    artifacts = tmp_path / "mlruns" / "e" / runs[0].info.run_id / "artifacts"
+    assert (artifacts / "figures" / "a.png").read_bytes() == b"x"
     assert runs[0].data.tags["resumed/workers"] == "1" and "resumed/seed" not in runs[0].data.tags
     # Another server knows nothing of that run: it gets one of its own.
     (tmp_path / "run" / "mlflow.json").write_text(json.dumps({"run_id": "0" * 32}))
