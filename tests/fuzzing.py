@@ -29,6 +29,7 @@ from sst.network import LandmarkDetector
 from sst.packing import UnusableImage, read_image
 from sst.published import read_published
 from sst.rounds import LandmarkRecord, RoundRecord, RunDirectory
+from sst.search_space import parse_space, read_space
 from sst.shards import Manifest, SampleMeta, ShardWriter, decode_jpeg_scaled, read_shard
 from sst.toy import draw
 from tests.small import SETTINGS
@@ -103,6 +104,10 @@ def cases(root: Path) -> list[Case]:
         Image.fromarray(image[:24, :24]).save(root / f"image.{suffix}")
     torch.save({"state_dict": {"a": torch.zeros(2)}, "centroid": np.zeros((2, 2))}, root / "published.pth")
 
+    (root / "space.yaml").write_text(
+        "cluster.clusters: [20, 30]\nstage1.learning_rate: 1e-4..1e-3:log\nstage2.visible: {low: 0.1, high: 0.4}\n"
+    )
+
     def annotations(name: str) -> Callable[[], Any]:
         return lambda: (folder.read_annotations(str(root / name)), folder.point_names(str(root / name), 2))
 
@@ -148,6 +153,10 @@ def cases(root: Path) -> list[Case]:
         ),
         *(picture(suffix) for suffix in ("png", "jpg", "bmp", "webp", "tif")),
         Case("stored image", jpeg, lambda: decode_jpeg_scaled(jpeg.read_bytes(), 0.5), (ValueError,)),
+        Case(
+            "search space", root / "space.yaml",
+            lambda: parse_space(read_space(str(root / "space.yaml")), SETTINGS), (UserError,),
+        ),
         Case("published", root / "published.pth", lambda: read_published(root / "published.pth"), (UserError,)),
     ]  # fmt: skip
 
