@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 TRIAL_CPUS = 0.01
 """CPUs that Ray sets aside for the process that leads a trial: its workers do the work."""
 
+NODE_SHARE = 1e-4
+"""Of the resource by which Ray names a machine: enough to be placed there."""
+
 TRIAL_FAILURES = 2
 """How often a lost trial is started again."""
 
@@ -189,7 +192,7 @@ def run_sweep(sweep: Sweep, *, concurrent: int | None, early_stop: bool, resume:
         try:
             with tempfile.TemporaryDirectory() as scratch:  # of what Tune writes nothing is needed later
                 tuner = tune.Tuner(
-                    tune.with_resources(tune.with_parameters(run_trial, sweep=sweep), {"CPU": TRIAL_CPUS}),
+                    tune.with_resources(tune.with_parameters(run_trial, sweep=sweep), beside_this_process()),
                     param_space={"trial": tune.grid_search(list(range(len(sweep.trials))))},
                     # A stopped trial's process must end, for only then its workers do.
                     tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=room, reuse_actors=False),
@@ -237,6 +240,13 @@ def conclude(sweep: Sweep, records: list[TrialRecord], tracker: Tracker) -> None
         own = sweep.track(best).open(sweep.run(best).url)
         own.register(tracking.register)
         own.close("FINISHED")
+
+
+def beside_this_process() -> dict[str, float]:
+    """What a trial's leading process asks Ray for: hardly a CPU, on this machine, where the MLflow file may lie."""
+    import ray
+
+    return {"CPU": TRIAL_CPUS, f"node:{ray.util.get_node_ip_address()}": NODE_SHARE}
 
 
 def room_for(workers: int, each: float, gpu: bool) -> int:
