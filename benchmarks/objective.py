@@ -1,7 +1,8 @@
 """Which label-free figure ranks runs as annotations do? `python -m benchmarks.objective SWEEP...`.
 
 Spearman's rank correlation of each figure, over the finished trials of a sweep, with forward and backward error.
-Figures of which more is better count with a minus, so that 1 is always perfect.
+Figures of which more is better count with a minus, so that 1 is always perfect. A trial without a landmark that could
+be scored is worse than any other, and so is one without a figure.
 """
 
 import json
@@ -57,16 +58,15 @@ def main(sweeps: tyro.conf.Positional[tuple[Path, ...]]) -> None:
         trials = figures_of(sweep)
         rows = [candidates(figures) for figures in trials]
         names = list(dict.fromkeys(name for row in rows for name in row))
-        table = Table("figure", "trials", "forward", "backward", title=f"{sweep.name}: rank correlation")
+        table = Table("figure", "trials with it", "forward", "backward", title=f"{sweep.name}: rank correlation")
         for name in names:
-            shown, count = [], 0
+            shown = []
             for score in ("score/forward", "score/backward"):
-                pairs = [
-                    (row[name], t[score]) for row, t in zip(rows, trials, strict=True) if name in row and score in t
-                ]
-                count = len(pairs)
-                value = float(spearmanr(*zip(*pairs, strict=True)).statistic) if count > 2 else math.nan
+                ours = [row.get(name, math.inf) for row in rows]
+                theirs = [told.get(score, math.inf) for told in trials]
+                value = float(spearmanr(ours, theirs).statistic) if len(trials) > 2 else math.nan
                 shown.append("-" if math.isnan(value) else f"{value:+.2f}")
+            count = sum(name in row for row in rows)
             table.add_row(name, str(count), *shown)
         Console(width=100).print(table)
 

@@ -42,7 +42,7 @@ class TuneCommand(BaseModel):
     trials: Annotated[int, Field(ge=1, le=10_000)] = 8
     """Trials at most; fewer where there are fewer combinations."""
     objective: Objective = "label-free"
-    """What is made small; forward and backward need annotations."""
+    """What is made small: the share of landmarks not found again after a warp, or an error that needs annotations."""
     early_stop: bool = True
     """Stop weak trials between rounds (ASHA)."""
     concurrent: Annotated[int | None, Field(ge=1)] = None

@@ -105,7 +105,7 @@ def test_the_sweep_is_a_parent_run_with_nested_trials_and_a_registered_model(fol
     assert status == ["FINISHED", "KILLED", "FAILED", "KILLED"] and parent.info.status == "FINISHED"
     best = runs["sweep-000"]
     assert parent.data.tags["best"] == best.info.run_id
-    assert parent.data.metrics["objective"] == pytest.approx(best.data.metrics["model/equivariance_error"])
+    assert parent.data.metrics["objective"] == pytest.approx(100 * (1 - best.data.metrics["model/repeatability"]))
     (version,) = client.search_model_versions("name = 'small'")
     assert version.run_id == best.info.run_id
 
