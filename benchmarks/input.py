@@ -16,7 +16,8 @@ from rich.table import Table
 from benchmarks.common import core_seconds, machine, summed_up
 from benchmarks.published import stage1_pair
 from sst.augment import Augmentation, augment
-from sst.data import Batch, collate, decode_to_view
+from sst.batch import Batch
+from sst.data import collate, decode_to_view
 from sst.losses import detector_target
 from sst.shards import RawSample, SampleMeta
 from sst.toy import draw

@@ -3,16 +3,13 @@
 Same rows, same start, same number of iterations; the inertias must agree. Needs torch and numpy alone.
 """
 
-import time
+import argparse
 from collections.abc import Callable
 
 import numpy as np
 import torch
-import tyro
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.common import machine, summed_up
+from benchmarks.common import idle_share, machine, print_table, summed_up, wall_seconds
 from cluster import kmeans
 
 Fit = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
@@ -54,48 +51,40 @@ def inertia(x: np.ndarray, centroids: np.ndarray) -> float:
     return float(np.mean([torch.cdist(part, centres).amin(1).square().mean() for part in rows.split(10_000)]))
 
 
-def main(
-    rows: int = 500_000,
-    width: int = 256,
-    clusters: int = 100,
-    iterations: int = 100,
-    repeats: int = 3,
-    threads: int = 0,
-) -> None:
-    """Measures and prints.
-
-    Args:
-        rows: N.
-        width: D.
-        clusters: K.
-        iterations: Lloyd steps, all of which are taken.
-        repeats: whose median counts, after one that warms up.
-        threads: of the CPU; 0 for all.
-    """
-    if threads:
-        torch.set_num_threads(threads)
-    console = Console(width=120)
-    console.print(machine(), f"{rows} x {width}, K = {clusters}, {iterations} iterations")
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=500_000)
+    parser.add_argument("--width", type=int, default=256, help="columns")
+    parser.add_argument("--clusters", type=int, default=100)
+    parser.add_argument("--iterations", type=int, default=100, help="Lloyd steps, all of which are taken")
+    parser.add_argument("--repeats", type=int, default=3, help="whose median counts, after one that warms up")
+    parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0 for all")
+    told = parser.parse_args()
+    if told.threads:
+        torch.set_num_threads(told.threads)
+    sizes = f"{told.rows} x {told.width}, K = {told.clusters}, {told.iterations} iterations"
+    print(machine(), f"idle before: {100 * idle_share():.0f} %", sizes, sep="; ")
     rng = np.random.default_rng(0)
-    centres = rng.normal(size=(3 * clusters, width))
-    x = (centres[rng.integers(0, len(centres), rows)] + rng.normal(size=(rows, width))).astype(np.float32)
+    centres = rng.normal(size=(3 * told.clusters, told.width)).astype(np.float32)
+    x = centres[rng.integers(0, len(centres), told.rows)] + rng.standard_normal((told.rows, told.width), np.float32)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
-    start = x[rng.choice(rows, clusters, replace=False)].copy()
-    table = Table("", "seconds", "inertia")
+    start = x[rng.choice(told.rows, told.clusters, replace=False)].copy()
+    rows: list[tuple[str, str, str]] = []
     for name, fit in METHODS.items():
+        found: list[np.ndarray] = []
+
+        def work(fit: Fit = fit, found: list[np.ndarray] = found) -> None:
+            found[:] = [fit(x, start, told.iterations)]
+
         try:
-            fit(x[: 10 * clusters], start, 1)
+            taken = wall_seconds(work, told.repeats)
         except (ImportError, RuntimeError) as error:
-            table.add_row(name, f"not here: {str(error)[:60]}", "")
+            rows.append((name, f"not here: {str(error)[:60]}", ""))
             continue
-        taken = []
-        for _ in range(repeats):
-            started = time.perf_counter()
-            centroids = fit(x, start, iterations)
-            taken.append(time.perf_counter() - started)
-        table.add_row(name, summed_up(taken), f"{inertia(x, centroids):.5f}")
-    console.print(table)
+        rows.append((name, summed_up(taken), f"{inertia(x, found[0]):.5f}"))
+    print_table(("", "seconds", "inertia"), rows)
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    main()

@@ -2,9 +2,11 @@
 
 Steps of both stages on random images: augmentation, network, losses, gradients, optimizer. Variants take turns: float32
 and bf16, contiguous and channels-last, with and without torch.compile. The share of the peak is that of the largest
-matrix product measured in the same run. Needs torch and numpy alone.
+matrix product measured in the same run. At full size it also says how long the published schedule's steps would take.
+Needs torch and numpy alone.
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -12,19 +14,27 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import tyro
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
-from benchmarks.common import idle_share, machine, summed_up
-from sst.config import PRESETS, TrainSettings
+from benchmarks.common import (
+    Size,
+    device_of_run,
+    idle_share,
+    machine,
+    print_table,
+    settings_of,
+    summed_up,
+    synchronise,
+    wall_seconds,
+)
+from sst.batch import random_batch, stage1_losses, stage2_losses
 from sst.network import DetectorDescriptor, LandmarkDetector
-from sst.own import random_batch
-from sst.training import stage1_losses, stage2_losses
 
 FULL_FLOP = 62e9
 """Of a training step for an image at full size: three times those of a forward pass."""
+
+PUBLISHED_STEPS = {1: 310_000, 2: 80_000}
+"""Of the published schedule."""
 
 
 @dataclass(frozen=True)
@@ -50,37 +60,17 @@ VARIANTS = [
 ]
 
 
-def device_of_run() -> torch.device:
-    """The GPU, where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def synchronise() -> None:
-    """Waits for the GPU, where there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def matrix_peak(precision: str) -> float:
     """FLOP/s of a large matrix product."""
     device, kind = device_of_run(), torch.bfloat16 if precision == "bf16" else torch.float32
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
-        synchronise()
-        started = time.perf_counter()
-        a @ b
-        synchronise()
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best
+    return 2 * side**3 / min(wall_seconds(lambda: a @ b, repeats=10))
 
 
-def stepper(stage: int, variant: Variant, settings: TrainSettings) -> Callable[[], torch.Tensor]:
+def stepper(stage: int, variant: Variant, size: Size, images: int | None = None) -> Callable[[], torch.Tensor]:
     """A function that takes one step and gives its loss."""
-    device = device_of_run()
-    resources = settings.resources.model_copy(update={"precision": variant.precision})
-    settings = settings.model_copy(update={"resources": resources})
+    device, settings = device_of_run(), settings_of(size, variant.precision)
     torch.manual_seed(0)
     first = DetectorDescriptor(settings.network.shape)
     model: nn.Module = first if stage == 1 else LandmarkDetector.from_stage1(first, settings.cluster.clusters)
@@ -88,8 +78,8 @@ def stepper(stage: int, variant: Variant, settings: TrainSettings) -> Callable[[
     if variant.channels_last:
         model = model.to(memory_format=torch.channels_last)
     used = torch.compile(model) if variant.compiled else model
-    size = settings.stage1.pairs if stage == 1 else settings.stage2.batch
-    batch, generator = random_batch(size, settings).to(device), torch.Generator(device).manual_seed(0)
+    batch = random_batch(images or batch_of(stage, size), settings).to(device)
+    generator = torch.Generator(device).manual_seed(0)
     active = torch.ones(settings.cluster.clusters, dtype=torch.bool, device=device)
     optimizer = torch.optim.RMSprop(model.parameters(), lr=5e-4, weight_decay=1e-5)
 
@@ -106,38 +96,27 @@ def stepper(stage: int, variant: Variant, settings: TrainSettings) -> Callable[[
     return step
 
 
-def main(
-    preset: str = "faces-cpu",
-    stage: Literal[1, 2] = 1,
-    steps: int = 10,
-    repeats: int = 5,
-    losses: int = 0,
-    compiled: bool = False,
-) -> None:
-    """Measures and prints.
+def batch_of(stage: int, size: Size) -> int:
+    """Pairs of a step of stage 1, images of one of stage 2."""
+    settings = settings_of(size)
+    return int(settings.stage1.pairs if stage == 1 else settings.stage2.batch)
 
-    Args:
-        preset: whose sizes are taken.
-        stage: of training.
-        steps: of a repeat.
-        repeats: of each variant, in turns.
-        losses: steps over which the loss is compared with float32's; 0 for none.
-        compiled: whether torch.compile is tried too, which takes minutes on a CPU.
-    """
-    console, settings = Console(width=120), PRESETS[preset][1]
-    console.print(machine(), f"idle before: {100 * idle_share():.0f} %", f"{preset}, stage {stage}")
-    images = 2 * settings.stage1.pairs if stage == 1 else settings.stage2.batch
-    taken: dict[Variant, list[float]] = {variant: [] for variant in VARIANTS}
-    memory: dict[Variant, float] = {}
-    ready = {}
-    for variant in (one for one in VARIANTS if compiled or not one.compiled):
+
+def compare(
+    stage: int, size: Size, variants: list[Variant], steps: int, repeats: int, peaks: dict[str, float]
+) -> float:
+    """Measures the variants of a stage in turns and prints them; returns the best one's seconds of a step."""
+    ready: dict[Variant, Callable[[], torch.Tensor]] = {}
+    for variant in variants:
         try:
-            ready[variant] = stepper(stage, variant, settings)
+            ready[variant] = stepper(stage, variant, size)
             for _ in range(3):
                 ready[variant]()
         except Exception as error:  # torch.compile needs a compiler, which may not be there
-            console.print(f"{variant}: not here: {str(error).splitlines()[0][:100]}")
+            print(f"{variant}: not here: {str(error).splitlines()[0][:100]}")
             ready.pop(variant, None)
+    taken: dict[Variant, list[float]] = {variant: [] for variant in ready}
+    memory = dict.fromkeys(ready, "-")
     for _ in range(repeats):
         for variant, step in ready.items():
             if torch.cuda.is_available():
@@ -148,22 +127,48 @@ def main(
                 step()
             synchronise()
             taken[variant].append((time.perf_counter() - started) / steps)
-            memory[variant] = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else float("nan")
+            if torch.cuda.is_available():
+                memory[variant] = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"
+    images, rows = (2 if stage == 1 else 1) * batch_of(stage, size), []
+    for variant, seconds in taken.items():
+        rate = images / statistics.median(seconds)
+        share = f"{100 * rate * FULL_FLOP / peaks[variant.precision]:.0f} %" if size == "full" else "-"
+        ratios = [a / b for a, b in zip(taken[variants[0]], seconds, strict=True)]
+        milliseconds = summed_up([1e3 * each for each in seconds])
+        rows.append((str(variant), milliseconds, f"{rate:.0f}", share, memory[variant], summed_up(ratios)))
+    print(f"\nstage {stage}, {images} images a step")
+    print_table(("", "ms per step", "images/s", "of the matrix peak", "GB", "times float32's speed"), rows)
+    return min(statistics.median(seconds) for seconds in taken.values())
+
+
+def loss_gaps(stage: int, size: Size, steps: int) -> list[float]:
+    """How far the fast way's loss is from float32's over so many steps of training, as a share of it."""
+    plain, fast = (stepper(stage, variant, size) for variant in (VARIANTS[0], VARIANTS[3]))
+    return [abs(float(fast()) - value) / value for value in (float(plain()) for _ in range(steps))]
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("full", "cpu"), default="full" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--steps", type=int, default=10, help="of a repeat")
+    parser.add_argument("--repeats", type=int, default=5, help="of each variant, in turns")
+    parser.add_argument("--losses", type=int, default=0, help="steps over which the loss is compared with float32's")
+    parser.add_argument("--compiled", action="store_true", help="try torch.compile, which takes minutes on a CPU")
+    told = parser.parse_args()
+    print(machine(), f"idle before: {100 * idle_share():.0f} %", f"size {told.size}", sep="; ")
     peaks = {precision: matrix_peak(precision) for precision in ("float32", "bf16")}
-    table = Table("", "ms per step", "images/s", "share of the matrix peak", "GB", "times float32's speed")
-    full = settings.network.shape == TrainSettings().network.shape and settings.network.input_size == 256
-    for variant in ready:
-        rate = images / statistics.median(taken[variant])
-        share = f"{100 * rate * FULL_FLOP / peaks[variant.precision]:.0f} %" if full else "-"
-        ratios = [a / b for a, b in zip(taken[VARIANTS[0]], taken[variant], strict=True)]
-        milliseconds = summed_up([1e3 * seconds for seconds in taken[variant]])
-        table.add_row(str(variant), milliseconds, f"{rate:.0f}", share, f"{memory[variant]:.1f}", summed_up(ratios))
-    console.print(table, *(f"matrix peak {name}: {peak / 1e12:.2f} TFLOP/s" for name, peak in peaks.items()))
-    if losses:
-        plain, fast = (stepper(stage, variant, settings) for variant in (VARIANTS[0], VARIANTS[3]))
-        gaps = [abs(float(fast()) - value) / value for value in (float(plain()) for _ in range(losses))]
-        console.print(f"loss of {VARIANTS[3]} against float32 over {losses} steps: {summed_up(gaps)} of it")
+    print(*(f"matrix peak {name}: {peak / 1e12:.2f} TFLOP/s" for name, peak in peaks.items()), sep="; ")
+    variants = [variant for variant in VARIANTS if told.compiled or not variant.compiled]
+    best = {stage: compare(stage, told.size, variants, told.steps, told.repeats, peaks) for stage in told.stages}
+    if told.size == "full" and set(best) == {1, 2}:
+        minutes = sum(seconds * PUBLISHED_STEPS[stage] for stage, seconds in best.items()) / 60
+        print(f"\nsteps of the published schedule, without its rounds: {minutes:.0f} minutes")
+    for stage in told.stages if told.losses else ():
+        gaps = summed_up(loss_gaps(stage, told.size, told.losses))
+        print(f"stage {stage}: {VARIANTS[3]} against float32 over {told.losses} steps: loss differs by {gaps} of it")
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    main()

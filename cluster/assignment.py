@@ -124,31 +124,6 @@ def assign_shard(descriptors: Descriptors, centroids_KD: np.ndarray) -> tuple[La
     return labels, NearestStatistics.of(distance_NK)
 
 
-def free_of(previous_P2: np.ndarray, new_M2: np.ndarray, radius: float, iou: float = 0.01) -> np.ndarray:
-    """Which new points no previous point suppresses, bool (M,).
-
-    Two points suppress each other where the squares of half side `radius` around them overlap by more than
-    `iou` (intersection over union).
-    """
-    side = 2 * radius
-    gap_MP2 = np.abs(new_M2[:, None, :].astype(np.float64) - previous_P2[None, :, :])
-    common_MP = np.maximum(side - gap_MP2, 0).prod(axis=2)
-    # common / (2 side^2 - common) > iou, solved for what is common
-    suppressed_MP = common_MP > 2 * side**2 * iou / (1 + iou)
-    return np.asarray(~suppressed_MP.any(axis=1))
-
-
-def unite(previous_P2: np.ndarray, new_M2: np.ndarray, radius: float) -> np.ndarray:
-    """An image's previous labels, followed by the new keypoints that none of them suppresses.
-
-    A previous label beats a new point whatever its confidence. New points are taken as already suppressed
-    among themselves. Points and radius share one unit.
-
-    Source: Mallis et al. 2020, section 3.2.
-    """
-    return np.concatenate([previous_P2, new_M2[free_of(previous_P2, new_M2, radius)]]).astype(np.float32)
-
-
 def _match(distance_NK: np.ndarray) -> Assignment:
     nearest_N = distance_NK.argmin(axis=1)
     if len(np.unique(nearest_N)) == len(nearest_N):  # nobody competes: the nearest clusters are the optimum

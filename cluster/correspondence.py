@@ -4,6 +4,7 @@ A sample over all shards trains k-means; then every shard is assigned by itself.
 row numbers, centroids and per-cluster sums.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -33,12 +34,14 @@ class Correspondence:
         thresholds: float32 (K,): a label stays where its squared distance is below its cluster's.
         population: int64 (K,): labels of each cluster that stay, over the corpus.
         images: number of images.
+        seconds: "kmeans" and "assign", the latter with the counting.
     """
 
     kmeans: KMeansResult
     thresholds: np.ndarray
     population: np.ndarray
     images: int
+    seconds: dict[str, float]
 
 
 def shard_url(folder: str, shard: str) -> str:
@@ -89,10 +92,11 @@ def correspond(
 
     Source: Mallis et al. 2020, section 3.2.
     """
-    shards = sorted(rows_per_shard)
+    shards, started = sorted(rows_per_shard), time.monotonic()
     rows = sample_rows([rows_per_shard[shard] for shard in shards], sample, seed)
     pairs = zip(shards, rows, strict=True)
     kmeans = fit([(shard_url(descriptors, shard), chosen) for shard, chosen in pairs], start)
+    fitted = time.monotonic()
     statistics = run_on_shards(
         assign_shard_task,
         [(shard_url(descriptors, s), labels_url(round_url, s), kmeans.centroids) for s in shards],
@@ -100,7 +104,11 @@ def correspond(
     thresholds = reduce(add, statistics).thresholds()
     counted = run_on_shards(_population, [(labels_url(round_url, shard), thresholds) for shard in shards])
     return Correspondence(
-        kmeans, thresholds, np.sum([population for population, _ in counted], 0), sum(n for _, n in counted)
+        kmeans,
+        thresholds,
+        np.sum([population for population, _ in counted], 0),
+        sum(images for _, images in counted),
+        {"kmeans": fitted - started, "assign": time.monotonic() - fitted},
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sst.geometry import STRIDE, transform
+from sst.geometry import STRIDE, sampling_grid, transform
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def random_affine(count: int, size: int, settings: Augmentation, generator: torc
     matrix = torch.zeros(count, 3, 3, device=generator.device)
     matrix[:, :2, :2] = linear_B22
     matrix[:, :2, 2] = centre + shift_B2 - linear_B22 @ centre
-    matrix[:, 2, 2] = 1.0
+    matrix[:, 2, 2].fill_(1.0)
     return matrix
 
 
@@ -102,8 +102,7 @@ def warp_images(image_BHW3: Tensor, matrix_B33: Tensor, size: int) -> Tensor:
     grid_1P2 = torch.stack([grid_x, grid_y], -1).reshape(1, -1, 2)
     # linalg.inv checks on the host; an affine 3x3 has a closed form without a synchronisation.
     source_BP2 = transform(invert_affine(matrix_B33), grid_1P2.expand(len(image_BHW3), -1, -1))
-    border = torch.tensor([max(width - 1, 1), max(height - 1, 1)], device=image_BHW3.device)
-    normal_BP2 = source_BP2 * (2.0 / border) - 1.0
+    normal_BP2 = sampling_grid(source_BP2, height, width)
     return functional.grid_sample(image_B3HW, normal_BP2.view(-1, size, size, 2), mode="bilinear", align_corners=True)
 
 
@@ -115,7 +114,7 @@ def invert_affine(matrix_B33: Tensor) -> Tensor:
     result = torch.zeros_like(matrix_B33)
     result[:, :2, :2] = inverse_B22
     result[:, :2, 2:] = -inverse_B22 @ matrix_B33[:, :2, 2:]
-    result[:, 2, 2] = 1.0
+    result[:, 2, 2].fill_(1.0)
     return result
 
 
@@ -161,18 +160,18 @@ def photometric(view_B3SS: Tensor, settings: Augmentation, generator: torch.Gene
         return uniform(0.0, 1.0, 1, 1, 1) < probability
 
     sigma = torch.where(chosen(settings.blur_probability), uniform(0, settings.blur_sigma, 1, 1, 1), 0.0)
-    x = _blur(view_B3SS, sigma)
+    x = blur(view_B3SS, sigma)
     x = (x - 0.5) * uniform(*settings.contrast, 1, 1, 1) + 0.5
     noise = torch.where(chosen(settings.noise_probability), uniform(0, settings.noise, 1, 1, 1), 0.0)
     x = x + noise * torch.randn(x.shape, generator=generator, device=x.device)
     factor_B3 = uniform(*settings.brightness, 3, 1, 1)
     x = x * torch.where(chosen(settings.brightness_per_channel), factor_B3, factor_B3[:, :1])
     x = x.clamp(0.0, 1.0)
-    recoloured = _multiply_hue_saturation(x, uniform(*settings.colour, 1, 1), uniform(*settings.colour, 1, 1))
+    recoloured = multiply_hue_saturation(x, uniform(*settings.colour, 1, 1), uniform(*settings.colour, 1, 1))
     return torch.where(chosen(settings.colour_probability), recoloured, x)
 
 
-def _blur(x_B3SS: Tensor, sigma_B111: Tensor) -> Tensor:
+def blur(x_B3SS: Tensor, sigma_B111: Tensor) -> Tensor:
     """Gaussian blur, 5 taps each way (ample for the published sigma of at most 0.5)."""
     offset = torch.arange(-2, 3, device=x_B3SS.device, dtype=torch.float32)
     weight_B5 = torch.exp(-0.5 * (offset / sigma_B111.reshape(-1, 1).clamp_min(1e-3)) ** 2)
@@ -185,7 +184,7 @@ def _blur(x_B3SS: Tensor, sigma_B111: Tensor) -> Tensor:
     return x.reshape(count, channels, height, width)
 
 
-def _multiply_hue_saturation(x_B3SS: Tensor, hue_B11: Tensor, saturation_B11: Tensor) -> Tensor:
+def multiply_hue_saturation(x_B3SS: Tensor, hue_B11: Tensor, saturation_B11: Tensor) -> Tensor:
     """Multiplies hue (modulo one turn) and saturation in HSV; RGB in [0, 1] to the same."""
     red, green, blue = x_B3SS.unbind(1)
     value = x_B3SS.amax(1)

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from cluster.assignment import assign, unite
+from cluster.assignment import assign
 from cluster.shards import Descriptors, Labels
 from sst.augment import Augmentation, invert_affine, random_affine, warp_images
-from sst.data import Batch, decode_to_view, shard_batches
+from sst.batch import Batch, autocast, describe, keypoint_maps
+from sst.data import decode_to_view, shard_batches
 from sst.geometry import SCORING_SIZE, STRIDE, box_to_view, transform, transform_points
 from sst.keypoints import VIEW, KeypointDetector
 from sst.losses import sample_descriptors
@@ -97,11 +98,6 @@ def _keypoints(
     return found, described, inside
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The arithmetic of convolutions: bfloat16 or float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
 @torch.inference_mode()
 def extract_descriptors(
     model: DetectorDescriptor,
@@ -125,25 +121,24 @@ def extract_descriptors(
         precision: "bf16" or "float32".
     """
     device = next(model.parameters()).device
-    points, descriptors, counts = [], [], [0]
-    number = 0
+    counts, points, descriptors = [], [], []  # type: list[np.ndarray], list[np.ndarray], list[np.ndarray]
+    first = 0
     for batch in shard_batches(corpus, shard, input_size, BATCH):
-        heat, desc = _keypoint_maps(model, batch.to(device), input_size, precision)
-        image, found, _ = (x.cpu().numpy() for x in decode_keypoints(heat, threshold))
-        united = []
-        for row in range(len(batch.keys)):
-            united.append(unite(previous.sample(number)[0], found[image == row], SUPPRESSION))
-            number += 1
-        padded = torch.zeros(len(united), max(1, *(len(p) for p in united)), 2)
-        for row, own in enumerate(united):
-            padded[row, : len(own)] = torch.from_numpy(own)
-        unit = functional.normalize(sample_descriptors(desc, padded.to(device)), dim=-1).half().cpu().numpy()
-        points += united
-        descriptors += [unit[row, : len(own)] for row, own in enumerate(united)]
-        counts += [len(own) for own in united]
-    shard_descriptors = Descriptors(
-        np.cumsum(counts, dtype=np.int64), np.concatenate(points), np.concatenate(descriptors)
-    )
+        labels = torch.from_numpy(padded_points(previous, first, len(batch.keys))).to(device)
+        found = describe(
+            model,
+            batch.to(device),
+            labels,
+            input_size=input_size,
+            threshold=threshold,
+            radius=SUPPRESSION,
+            precision=precision,
+        )
+        for values, own in zip((counts, points, descriptors), found, strict=True):
+            values.append(own.cpu().numpy())
+        first += len(batch.keys)
+    ends = np.cumsum(np.concatenate([[0], *counts]), dtype=np.int64)
+    shard_descriptors = Descriptors(ends, np.concatenate(points), np.concatenate(descriptors))
     kept = usable(shard_descriptors.descriptors)
     return shard_descriptors.keep(kept), int((~kept).sum())
 
@@ -154,13 +149,13 @@ def usable(descriptors_ND: np.ndarray) -> np.ndarray:
     return np.asarray(np.isfinite(rows).all(1) & ((rows**2).sum(1) > 0.5))
 
 
-def _keypoint_maps(
-    model: DetectorDescriptor, batch: Batch, input_size: int, precision: str, warp: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    to_view = batch.to_view if warp is None else warp @ batch.to_view
-    with autocast(batch.images.device, precision):
-        heat, desc = model(warp_images(batch.images, to_view, input_size))
-    return heat.float(), desc.float()
+def padded_points(labels: Labels, first: int, count: int) -> np.ndarray:
+    """Labelled points of `count` images from image `first` on; float32 (B, P, 2), padded with NaN."""
+    ends = labels.offsets[first : first + count + 1]
+    number = np.diff(ends)
+    padded = np.full((count, max(1, number.max(initial=0)), 2), np.nan, np.float32)
+    padded[np.arange(padded.shape[1]) < number[:, None]] = labels.points[ends[0] : ends[-1]]
+    return padded
 
 
 @dataclass(frozen=True)
@@ -209,7 +204,7 @@ def predict_landmarks(
         if warp_seed is not None:
             warp = random_affine(len(batch.keys), input_size, Augmentation(), generator).to(device)
         if mirrored:
-            warp = mirror_matrix(input_size).to(device) @ warp
+            warp = mirror_matrix(input_size, device) @ warp
         with autocast(device, precision):
             heat = model(warp_images(batch.images, warp @ batch.to_view, input_size))
         found, confidence = decode_landmarks(heat)
@@ -244,7 +239,7 @@ def keypoint_equivariance(
     warp = random_affine(len(batch.keys), input_size, Augmentation(), generator).to(device)
 
     def found(matrix: torch.Tensor | None) -> np.ndarray:
-        heat, desc = _keypoint_maps(model, batch, input_size, precision, matrix)
+        heat, desc = keypoint_maps(model, batch, input_size, precision, matrix)
         image, points, _ = decode_keypoints(heat, threshold)
         result = np.full((len(batch.keys), len(centroids), 2), np.nan)
         for row in range(len(batch.keys)):

@@ -68,7 +68,7 @@ def make_first_round(
     if run.has_round(0):
         return run.record(0)
     folder = keypoints or descriptors_folder(run.round_url(0))
-    first, started = find_keypoints(settings, corpus, folder, tools), time.monotonic()
+    first = find_keypoints(settings, corpus, folder, tools)
     seed = derived_seed(settings.seed, ROUND_SEED, 0)
     matched = correspond(
         run.round_url(0),
@@ -92,7 +92,7 @@ def make_first_round(
         active=(matched.population > settings.stage2.min_population).tolist(),
         population=matched.population.tolist(),
         figures=correspondence_figures(matched) | {"keypoints_per_image": first.found / matched.images},
-        seconds=first.seconds | {"correspond": time.monotonic() - started},
+        seconds=first.seconds | matched.seconds,
     )
     run.finish_round(record, matched.kmeans.centroids)
     tools.log(record.line())

@@ -49,6 +49,13 @@ def transform(matrix_B33: torch.Tensor, points_BN2: torch.Tensor) -> torch.Tenso
     return points_BN2 @ matrix_B33[:, :2, :2].transpose(1, 2) + matrix_B33[:, None, :2, 2]
 
 
+def sampling_grid(points: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Points (..., 2) in pixels as `grid_sample` takes them: -1 and 1 are the centres of the first and last pixel."""
+    # Plain numbers: a tensor made of them here would be a copy from the host, for which a GPU's host waits.
+    x, y = points.unbind(-1)
+    return torch.stack([x * (2.0 / max(width - 1, 1)) - 1.0, y * (2.0 / max(height - 1, 1)) - 1.0], -1)
+
+
 def transform_points(matrix: np.ndarray, points_N2: np.ndarray) -> np.ndarray:
     """Moves (N, 2) points by one affine (3, 3) matrix."""
     moved: np.ndarray = points_N2 @ matrix[:2, :2].T + matrix[:2, 2]

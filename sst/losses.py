@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sst.geometry import sampling_grid
+
 BUMP_VARIANCE = 0.5625
 """A Gaussian of this variance is the published bump: 1 at the centre, 0.411 beside it, 0.169 at the corners."""
 
@@ -17,8 +19,7 @@ BUMP_VARIANCE = 0.5625
 def sample_descriptors(desc_BDHW: Tensor, points_BN2: Tensor) -> Tensor:
     """Reads a descriptor map bilinearly at points; (B, N, D)."""
     height, width = desc_BDHW.shape[-2:]
-    border = torch.tensor([max(width - 1, 1), max(height - 1, 1)], device=desc_BDHW.device)
-    grid_BN12 = (points_BN2 * (2.0 / border) - 1.0)[:, :, None]
+    grid_BN12 = sampling_grid(points_BN2, height, width)[:, :, None]
     sampled = functional.grid_sample(
         desc_BDHW, grid_BN12.to(desc_BDHW.dtype), align_corners=True, padding_mode="border"
     )

@@ -11,13 +11,12 @@ import psutil
 import torch
 
 from sst.advice import FEW_IMAGES
+from sst.batch import random_batch, stage1_losses, stage2_losses
 from sst.config import PRESETS, TrainSettings
-from sst.data import Batch
 from sst.distributed import usable_cpus
 from sst.errors import UserError
 from sst.network import DetectorDescriptor, LandmarkDetector
 from sst.schedule import plan
-from sst.training import stage1_losses, stage2_losses
 
 LEAST_IMAGES = 60
 """Training images below which there is nothing to cluster."""
@@ -229,16 +228,6 @@ def measure(settings: TrainSettings, machine: Machine, repeats: int = 3) -> Spee
     torch.set_num_threads(threads)
     memory = torch.cuda.max_memory_allocated() / 1e9 if machine.gpus else WORKER_GB * workers + REST_GB
     return Speed(seconds[0], seconds[1], memory)
-
-
-def random_batch(count: int, settings: TrainSettings) -> Batch:
-    """Images and labels like those of training: half as large again as the view, 20 points each."""
-    generator, points = torch.Generator().manual_seed(0), 20
-    side = settings.network.input_size * 3 // 2
-    images = torch.randint(0, 256, (count, side, side, 3), generator=generator).to(torch.uint8)
-    places = torch.rand(count, points, 2, generator=generator) * (settings.network.input_size // 4 - 1)
-    cluster = torch.randint(0, settings.cluster.clusters, (count, points), generator=generator)
-    return Batch(tuple(map(str, range(count))), images, torch.eye(3).expand(count, 3, 3), places, cluster)
 
 
 def expected_seconds(settings: TrainSettings, images: int, speed: Speed) -> float:

@@ -10,16 +10,15 @@ import hashlib
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from cluster import storage
+from sst.data import ordered_map
 from sst.errors import UserError
 from sst.geometry import resize_matrix, transform_points
 from sst.shards import MAX_PIXELS, Manifest, RawSample, SampleMeta, ShardWriter, Split, shard_bytes
@@ -27,9 +26,6 @@ from sst.shards import MAX_PIXELS, Manifest, RawSample, SampleMeta, ShardWriter,
 MIN_SIDE = 8
 """Images whose shorter side has fewer pixels are refused: there is nothing to learn from."""
 JPEG_QUALITY = 95
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class UnusableImage(ValueError):
@@ -338,13 +334,3 @@ def _spooling() -> Iterator[None]:
             f"{tempfile.gettempdir()}: can't hold the samples until all are read ({error}); "
             "let TMPDIR name a directory with room for the whole corpus"
         ) from error
-
-
-def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int = 2, ahead: int = 16) -> Iterator[R]:
-    """Maps in threads, in order, with at most `ahead` results waiting."""
-    source = iter(items)
-    with ThreadPoolExecutor(workers, thread_name_prefix="pack") as pool:
-        pending = [pool.submit(function, item) for item in islice(source, ahead)]
-        while pending:
-            yield pending.pop(0).result()
-            pending.extend(pool.submit(function, item) for item in islice(source, 1))

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from cluster import storage
 from sst.corpora import folder
+from sst.data import ordered_map
 from sst.errors import UserError
 from sst.geometry import STRIDE
 from sst.model import ModelRecord, load_model
 from sst.network import LandmarkDetector
-from sst.packing import UnusableImage, ordered_map, read_image, usable_box
+from sst.packing import UnusableImage, read_image, usable_box
 from sst.shards import MANIFEST, Manifest, decode, read_shard
 from sst.suppression import decode_landmarks
 

@@ -7,6 +7,7 @@ given, and writes the round's record last.
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -141,10 +142,13 @@ class RoundMaker:
                 figures=correspondence_figures(found)
                 | {"unusable_descriptors": dropped}
                 | self._persistence(previous, found.thresholds, number),
-                seconds={"extract": extracted - started, "correspond": time.monotonic() - extracted},
+                seconds={"extract": extracted - started} | found.seconds,
             )
             moved = self._equivariance(model, found)
-            record = record.model_copy(update={"figures": record.figures | moved})
+            rest = time.monotonic() - started - sum(record.seconds.values())
+            record = record.model_copy(
+                update={"figures": record.figures | moved, "seconds": record.seconds | {"figures": rest}}
+            )
             self.run.finish_round(record, found.kmeans.centroids)
             self.tools.log(record.line())
             # Labels and centroids are what is left of a round; its descriptors would fill any disk over the rounds.
@@ -223,20 +227,28 @@ class RoundMaker:
             The rows of all workers' shards, and how many descriptors all workers dropped as unusable.
         """
         rows, dropped = {}, 0
-        for done, shard in enumerate(self._mine(), start=1):
-            descriptors, lost = extract_descriptors(
-                model,
-                self.corpus.url,
-                shard,
-                self.run.labels(previous, shard.file),
-                input_size=self.settings.network.input_size,
-                threshold=self.settings.stage1.threshold,
-                precision=self.settings.resources.precision,
-            )
-            descriptors.save(descriptors_url(self.run.round_url(previous.number + 1), shard.file))
-            rows[shard.file] = len(descriptors.points)
-            dropped += lost
-            self._progress("extract", done)
+        with ThreadPoolExecutor(1, thread_name_prefix="save") as pool:
+            written: Future[None] | None = None
+            for done, shard in enumerate(self._mine(), start=1):
+                descriptors, lost = extract_descriptors(
+                    model,
+                    self.corpus.url,
+                    shard,
+                    self.run.labels(previous, shard.file),
+                    input_size=self.settings.network.input_size,
+                    threshold=self.settings.stage1.threshold,
+                    precision=self.settings.resources.precision,
+                )
+                # Written while the next shard is computed; no more than one waits, or memory would grow.
+                if written:
+                    written.result()
+                url = descriptors_url(self.run.round_url(previous.number + 1), shard.file)
+                written = pool.submit(descriptors.save, url)
+                rows[shard.file] = len(descriptors.points)
+                dropped += lost
+                self._progress("extract", done)
+            if written:
+                written.result()
         everyone = {file: count for own in self.group.gather(rows) for file, count in own.items()}
         return everyone, sum(self.group.gather(dropped))
 

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cluster import storage
-from cluster.assignment import free_of
 from sst.errors import UserError
 from sst.geometry import transform_points
 from sst.losses import sample_descriptors
+from sst.suppression import free_of
 
 CELL = 8
 """Pixels per cell, in each direction."""
@@ -172,12 +172,14 @@ def suppress_points(points_N2: np.ndarray, confidence_N: np.ndarray, half_side: 
     Returns:
         Numbers of the points that stay, int64, the most confident first.
     """
+    points = torch.from_numpy(points_N2)
     remaining = np.argsort(-confidence_N, kind="stable")
     kept = []
     while len(remaining):
         best, remaining = remaining[0], remaining[1:]
         kept.append(best)
-        remaining = remaining[free_of(points_N2[best : best + 1], points_N2[remaining], half_side)]
+        free = free_of(points[remaining], points[best : best + 1], half_side)
+        remaining = remaining[free.numpy()]
     return np.array(kept, np.int64)
 
 

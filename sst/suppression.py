@@ -43,6 +43,50 @@ def suppress(heat_BHW: Tensor, threshold: float, radius: int = 1) -> Tensor:
     return kept
 
 
+def free_of(new_M2: Tensor, previous_MP2: Tensor, radius: float, iou: float = 0.01) -> Tensor:
+    """Which new points no previous point suppresses, bool (M,).
+
+    Two points suppress each other where the squares of half side `radius` around them overlap by more than
+    `iou` (intersection over union).
+
+    Args:
+        new_M2: points.
+        previous_MP2: the previous points with which each competes, or (P, 2) where all compete with the same; NaN
+            suppresses nothing.
+        radius: in the points' unit.
+        iou: 0.01 in the paper.
+    """
+    side = 2 * radius
+    gap_MP2 = (new_M2[:, None].double() - previous_MP2).abs()
+    common_MP = (side - gap_MP2).clamp_min(0).prod(-1)
+    # common / (2 side^2 - common) > iou, solved for what is common
+    return ~(common_MP > 2 * side**2 * iou / (1 + iou)).any(-1)
+
+
+def unite(previous_BP2: Tensor, image_M: Tensor, found_M2: Tensor, radius: float) -> tuple[Tensor, Tensor]:
+    """Every image's previous labels, followed by the new keypoints that none of them suppresses.
+
+    A previous label beats a new point whatever its confidence. New points are taken as already suppressed
+    among themselves. Points and radius share one unit.
+
+    Args:
+        previous_BP2: previous labels, padded with NaN.
+        image_M: image of each new keypoint.
+        found_M2: the new keypoints.
+        radius: see `free_of`.
+
+    Returns:
+        Image index (N,) and points (N, 2), grouped by image.
+
+    Source: Mallis et al. 2020, section 3.2.
+    """
+    free_M = free_of(found_M2, previous_BP2[image_M], radius)
+    image, slot = previous_BP2[..., 0].isfinite().nonzero(as_tuple=True)
+    image_N = torch.cat([image, image_M[free_M]])
+    order_N = image_N.argsort(stable=True)
+    return image_N[order_N], torch.cat([previous_BP2[image, slot], found_M2[free_M]])[order_N]
+
+
 def refine(heat_BKHW: Tensor, column_BK: Tensor, row_BK: Tensor) -> Tensor:
     """Sub-cell position of a peak: the vertex of the parabola through the logarithm of its cell and neighbours.
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from sst.geometry import STRIDE
@@ -41,9 +40,12 @@ class Symmetry:
         return [(k, int(j)) for k, j in enumerate(self.partner) if j > k]
 
 
-def mirror_matrix(size: int) -> Tensor:
+def mirror_matrix(size: int, device: torch.device | None = None) -> Tensor:
     """Matrix (3, 3) that mirrors the S x S view left to right; box corner 0 becomes S."""
-    return torch.tensor([[-1.0, 0.0, float(size)], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    matrix = torch.eye(3, device=device)
+    matrix[0, 0].neg_()
+    matrix[0, 2].fill_(size)
+    return matrix
 
 
 def find_symmetry(plain_NK2: np.ndarray, mirrored_NK2: np.ndarray, size: float) -> Symmetry:
@@ -54,6 +56,8 @@ def find_symmetry(plain_NK2: np.ndarray, mirrored_NK2: np.ndarray, size: float) 
         mirrored_NK2: landmarks of the mirrored images, mirrored back; NaN = not visible.
         size: side of the view in these pixels.
     """
+    from scipy.optimize import linear_sum_assignment  # not needed by a training step, which imports this file
+
     landmarks = plain_NK2.shape[1]
     distance = np.linalg.norm(plain_NK2[:, :, None] - mirrored_NK2[:, None], axis=-1)
     both = np.isfinite(distance)
@@ -96,8 +100,9 @@ def mirror_some(
     Returns:
         The three, mirrored where chosen.
     """
-    matrix = mirror_matrix(size).to(to_view_B33)
-    flipped = points_BP2 * points_BP2.new_tensor([-1.0, 1.0]) + points_BP2.new_tensor([size / STRIDE, 0.0])
+    matrix = mirror_matrix(size, to_view_B33.device)
+    x, y = points_BP2.unbind(-1)
+    flipped = torch.stack([size / STRIDE - x, y], -1)
     partner = torch.where(cluster_BP >= 0, partner_K[cluster_BP.clamp_min(0)], -1)
     chosen = chosen_B[:, None]
     return (

@@ -17,16 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from cluster import storage
-from sst.augment import augment
+from sst.batch import Batch, stage1_losses, stage2_losses
 from sst.checkpoint import latest_checkpoint, restore_optimizer, write_checkpoint
 from sst.config import TrainSettings
-from sst.data import Batch, Undecodable, balanced, batches, training_examples
+from sst.data import Undecodable, balanced, batches, training_examples
 from sst.evaluation import equivariance_error, repeatability
-from sst.extraction import Predictions, autocast
+from sst.extraction import Predictions
 from sst.geometry import SCORING_SIZE
 from sst.group import Group
 from sst.interrupt import Stopped
-from sst.losses import descriptor_loss, detector_loss, landmark_loss, sample_descriptors
 from sst.model import keep_landmarks, save_model
 from sst.network import DetectorDescriptor, LandmarkDetector
 from sst.preflight import out_of_memory
@@ -34,7 +33,6 @@ from sst.round_making import Corpus, RoundMaker, Tools, predict_shard, shard_sym
 from sst.rounds import LandmarkRecord, RoundRecord, RunDirectory
 from sst.schedule import Phase, derived_seed, learning_rate, plan
 from sst.shards import ShardInfo, read_shard
-from sst.symmetry import mirror_some
 
 logger = logging.getLogger(__name__)
 
@@ -46,82 +44,6 @@ LOG_STEPS = 20
 
 SKIP_LIMIT = 5
 """Consecutive steps with a loss or gradient that is not finite, after which the run stops."""
-
-
-def stage1_losses(
-    model: nn.Module, batch: Batch, settings: TrainSettings, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Losses of one step of stage 1 (paper, section 3.1).
-
-    Args:
-        model: `DetectorDescriptor`, perhaps wrapped for DDP.
-        batch: B images; pair i is two views of image i, or of image i and another of the batch.
-        settings: of the run.
-        generator: source of randomness on the batch's device.
-
-    Returns:
-        "loss" to minimise and its parts, scalars.
-    """
-    one, size = settings.stage1, settings.network.input_size
-    count, device = len(batch.keys), batch.images.device
-    own = torch.arange(count, device=device)
-    shift = torch.randint(1, max(2, count), (), generator=generator, device=device)
-    different = torch.rand(count, generator=generator, device=device) < one.different_share
-    second = torch.where(different, (own + shift) % count, own)
-    chosen = torch.cat([own, second])
-    views, points, cluster = augment(
-        batch.images[chosen],
-        batch.to_view[chosen],
-        batch.points[chosen],
-        batch.cluster[chosen],
-        size,
-        one.augmentation,
-        generator,
-    )
-    with autocast(device, settings.resources.precision):
-        heat, desc = model(views)
-    at_points = sample_descriptors(desc.float(), points)
-    # Detector losses of both views add up; over the joined batch their sum is twice the mean.
-    detector = 2 * detector_loss(heat, points, cluster, one.detector_target)
-    descriptor = descriptor_loss(at_points[:count], at_points[count:], cluster[:count], cluster[count:], one.margin)
-    total = one.descriptor_weight * descriptor + one.detector_weight * detector
-    return {"loss": total, "detector": detector, "descriptor": descriptor}
-
-
-def stage2_losses(
-    model: nn.Module,
-    batch: Batch,
-    active_K: Tensor,
-    settings: TrainSettings,
-    generator: torch.Generator,
-    partner_K: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Loss of one step of stage 2 (paper, section 3.3).
-
-    Args:
-        model: `LandmarkDetector`, perhaps wrapped for DDP.
-        batch: images and labels.
-        active_K: bool, clusters that are trained.
-        settings: of the run.
-        generator: source of randomness on the batch's device.
-        partner_K: partner of every cluster in mirrored images; some images are then mirrored (beyond the paper).
-    """
-    size, to_view, points, cluster = settings.network.input_size, batch.to_view, batch.points, batch.cluster
-    if partner_K is not None:
-        chosen = torch.rand(len(batch.keys), generator=generator, device=points.device) < settings.stage2.flip_share
-        to_view, points, cluster = mirror_some(to_view, points, cluster, chosen, partner_K, size)
-    views, points, cluster = augment(
-        batch.images,
-        to_view,
-        points,
-        cluster,
-        size,
-        settings.stage2.augmentation,
-        generator,
-    )
-    with autocast(batch.images.device, settings.resources.precision):
-        heat = model(views)
-    return {"loss": landmark_loss(heat, points, cluster, active_K)}
 
 
 @dataclass

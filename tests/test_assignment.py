@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.assignment import NearestStatistics, assign, assign_shard, free_of, unite
+from cluster.assignment import NearestStatistics, assign, assign_shard
 from cluster.shards import Descriptors
 
 seeds = st.integers(0, 2**32 - 1)
@@ -112,55 +112,3 @@ def test_labels_are_filtered_by_their_own_clusters_threshold() -> None:
     assert labels.distance.tolist() == [0, 1, 0.25]
     kept = labels.below(np.array([0.2, 1.5], np.float32))
     assert kept.offsets.tolist() == [0, 2, 2, 2] and kept.cluster.tolist() == [0, 1]
-
-
-def box_iou(a: np.ndarray, b: np.ndarray, radius: float) -> float:
-    width, height = (max(0.0, min(p, q) + radius - (max(p, q) - radius)) for p, q in zip(a, b, strict=True))
-    return width * height / (2 * (2 * radius) ** 2 - width * height)
-
-
-def greedy_suppression(points: np.ndarray, confidence: np.ndarray, radius: float) -> list[int]:
-    """Published suppression: from the most confident on, drop what overlaps a kept point."""
-    kept: list[int] = []
-    for index in np.argsort(-confidence, kind="stable"):
-        if all(box_iou(points[index], points[other], radius) <= 0.01 for other in kept):
-            kept.append(int(index))
-    return sorted(kept)
-
-
-@settings(max_examples=80, deadline=None)
-@given(
-    seed=seeds,
-    previous=st.integers(0, 12),
-    new=st.integers(0, 12),
-    radius=st.sampled_from([1.0, 1.7, 6.0]),
-    grid=st.booleans(),
-)
-def test_union_equals_greedy_suppression_with_labels_on_top(
-    seed: int, previous: int, new: int, radius: float, grid: bool
-) -> None:
-    rng = np.random.default_rng(seed)
-
-    def points(count: int) -> np.ndarray:
-        drawn = rng.uniform(0, 8 * radius, (count, 2))
-        drawn = (np.round(drawn) if grid else drawn).astype(np.float32)
-        return drawn[greedy_suppression(drawn, rng.random(count), radius)]  # each set is suppressed in itself
-
-    old, fresh = points(previous), points(new)
-    both = np.concatenate([old, fresh])
-    rank = np.concatenate([np.full(len(old), 2.0), rng.random(len(fresh))])
-    np.testing.assert_array_equal(unite(old, fresh, radius), both[greedy_suppression(both, rank, radius)])
-
-
-def test_suppression_on_the_grid_is_three_by_three() -> None:
-    label = np.array([[5.0, 5.0]])
-    grid = np.stack(np.meshgrid(np.arange(11.0), np.arange(11.0)), axis=-1).reshape(-1, 2)
-    near = np.abs(grid - label).max(axis=1) <= 1
-    assert np.array_equal(free_of(label, grid, radius=1), ~near)
-
-
-def test_overlap_limit_is_of_the_union() -> None:
-    """Squares of side 1 that share a strip w have IoU w / (2 - w), above 0.01 from w = 0.0198 on."""
-    label = np.array([[0.0, 0.0]])
-    new = np.array([[1 - 0.0199, 0.0], [1 - 0.0197, 0.0]])
-    assert free_of(label, new, radius=0.5).tolist() == [False, True]

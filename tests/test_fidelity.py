@@ -10,14 +10,13 @@ import torch
 
 from cluster.shards import Descriptors, Labels
 from jobs import train
+from sst.batch import Batch, stage1_losses, stage2_losses
 from sst.config import PRESETS
-from sst.data import Batch
 from sst.extraction import extract_descriptors
 from sst.geometry import box_to_view
 from sst.network import DetectorDescriptor, LandmarkDetector
 from sst.round_making import Corpus
 from sst.suppression import decode_landmarks
-from sst.training import stage1_losses, stage2_losses
 from tests.small import SETTINGS, local_tools, train_locally, write_scenes
 
 PUBLISHED = {

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sst import extraction
+from sst.batch import stage1_losses, stage2_losses
 from sst.checkpoint import latest_checkpoint, write_checkpoint
 from sst.config import PRESETS, ResourceSettings, Stage1Settings, Stage2Settings, TrainSettings
 from sst.evaluation import repeatability
@@ -20,7 +21,6 @@ from sst.rounds import RunDirectory
 from sst.schedule import derived_seed, learning_rate, plan
 from sst.shards import SampleMeta, ShardWriter
 from sst.toy import draw
-from sst.training import stage1_losses, stage2_losses
 from tests.small import SETTINGS, local_tools, train_locally, write_toy
 
 
@@ -324,15 +324,16 @@ def test_images_without_any_keypoint_are_legal_everywhere(tmp_path):
 
 
 def test_descriptors_that_are_zero_or_not_finite_are_dropped_and_counted(corpus, monkeypatch, tmp_path):
-    sample = extraction.sample_descriptors
+    sound = extraction.describe
 
-    def spoilt(desc, points):
-        rows = sample(desc, points)
-        rows[:, 0] = float("nan")
-        rows[:, 1] = 0.0
-        return rows
+    def spoilt(*told, **named):
+        counts, points, descriptors = sound(*told, **named)
+        first = (counts.cumsum(0) - counts)[counts > 1]
+        descriptors[first] = float("nan")
+        descriptors[first + 1] = 0.0
+        return counts, points, descriptors
 
-    monkeypatch.setattr(extraction, "sample_descriptors", spoilt)
+    monkeypatch.setattr(extraction, "describe", spoilt)
     lines: list[dict] = []
     train_locally(corpus, str(tmp_path), local_tools(lines))
     dropped = [line["unusable_descriptors"] for line in lines if "unusable_descriptors" in line]

@@ -1,0 +1,47 @@
+"""How fast are random views, and what takes the time? `python -m benchmarks.augment`.
+
+The batched augmentation of stage 1 on the training device, whole and by its parts. Needs torch and numpy alone.
+"""
+
+import argparse
+import statistics
+
+import torch
+
+from benchmarks.common import device_of_run, idle_share, machine, print_table, settings_of, summed_up, wall_seconds
+from sst import augment
+from sst.batch import random_batch
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("full", "cpu"), default="full" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--images", type=int, default=32, help="of a batch")
+    parser.add_argument("--repeats", type=int, default=20)
+    told = parser.parse_args()
+    device, settings = device_of_run(), settings_of(told.size)
+    side, ranges = settings.network.input_size, settings.stage1.augmentation
+    batch, generator = random_batch(told.images, settings).to(device), torch.Generator(device).manual_seed(0)
+    views = augment.warp_images(batch.images, batch.to_view, side)
+    ones = torch.ones(told.images, 1, 1, device=device)
+    work = {
+        "all": lambda: augment.augment(
+            batch.images, batch.to_view, batch.points, batch.cluster, side, ranges, generator
+        ),
+        "warp": lambda: augment.warp_images(batch.images, batch.to_view, side),
+        "blur, contrast, noise, brightness, colour": lambda: augment.photometric(views, ranges, generator),
+        "of these, hue and saturation": lambda: augment.multiply_hue_saturation(views, ones, ones),
+        "of these, blur": lambda: augment.blur(views, ones[..., None]),
+    }
+    print(machine(), f"idle before: {100 * idle_share():.0f} %", f"{told.images} images of {side} px", sep="; ")
+    rows = []
+    for name, each in work.items():
+        taken = wall_seconds(each, told.repeats, warm_up=3)
+        rate = told.images / statistics.median(taken)
+        rows.append((name, summed_up([1e3 * seconds for seconds in taken]), f"{rate:.0f}"))
+    print_table(("", "ms per batch", "images/s"), rows)
+
+
+if __name__ == "__main__":
+    main()

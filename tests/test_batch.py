@@ -1,0 +1,78 @@
+"""What happens to a batch on the device: it needs torch and numpy alone, and the host hardly waits for it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sst.batch import random_batch, stage1_losses, stage2_losses
+from sst.network import DetectorDescriptor, LandmarkDetector
+from tests.small import SETTINGS
+
+WAITING = {
+    "aten::_local_scalar_dense",  # .item(), float(), bool()
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_unique2",
+    "aten::bincount",
+    "aten::repeat_interleave.Tensor",
+    "aten::lift_fresh",  # torch.tensor(...): a copy from the host
+}
+"""Operations whose result has a size, or a place, that a host must know: on a GPU it waits for all that came before."""
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations for which a host waits on a GPU, also where there is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        masked = name == "aten::index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name in WAITING or func.name() in WAITING or masked:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_counter_sees_what_waits() -> None:
+    with Waits() as waits:
+        x = torch.ones(3)
+        float(x.sum())
+        x[x > 0]
+        (x > 0).nonzero()
+    assert waits.seen == ["aten::_local_scalar_dense", "aten::index", "aten::nonzero"]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_never_waits_for_the_device(stage: int) -> None:
+    torch.manual_seed(0)
+    model = DetectorDescriptor(SETTINGS.network.shape)
+    batch, generator = random_batch(4, SETTINGS), torch.Generator().manual_seed(0)
+    active = torch.ones(SETTINGS.cluster.clusters, dtype=torch.bool)
+    partner = torch.arange(SETTINGS.cluster.clusters)
+    with Waits() as waits:
+        if stage == 1:
+            loss = stage1_losses(model, batch, SETTINGS, generator)["loss"]
+        else:
+            landmarks = LandmarkDetector.from_stage1(model, SETTINGS.cluster.clusters)
+            loss = stage2_losses(landmarks, batch, active, SETTINGS, generator, partner)["loss"]
+        loss.backward()
+    assert waits.seen == []
+
+
+def test_what_runs_on_a_bare_gpu_machine_imports_with_torch_and_numpy_alone() -> None:
+    """Everything that the project's own dependencies bring beside torch and numpy is made absent."""
+    absent = "cv2 fsspec mlflow psutil pydantic ray rich safetensors scipy simplejpeg sklearn tenacity tyro webdataset"
+    modules = (
+        "sst.batch sst.network cluster.kmeans benchmarks.step benchmarks.augment benchmarks.extract benchmarks.kmeans"
+    )
+    code = (
+        "import importlib, sys\n"
+        f"sys.modules.update(dict.fromkeys({absent.split()!r}))\n"
+        f"for name in {modules.split()!r}: importlib.import_module(name)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
