@@ -3,11 +3,18 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.common import settings_of
+from cluster.shards import Labels
 from sst.batch import random_batch, stage1_losses, stage2_losses
+from sst.config import PRESETS
+from sst.extraction import padded_points
 from sst.network import DetectorDescriptor, LandmarkDetector
 from tests.small import SETTINGS
 
@@ -76,3 +83,25 @@ def test_what_runs_on_a_bare_gpu_machine_imports_with_torch_and_numpy_alone() ->
         f"for name in {modules.split()!r}: importlib.import_module(name)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("size", "preset"), [("full", "celeba"), ("cpu", "faces-cpu")])
+def test_benchmarks_take_the_sizes_of_the_presets(size, preset) -> None:
+    taken, published = settings_of(size), PRESETS[preset][1]
+    for part in ("network", "cluster", "stage1", "stage2", "resources"):
+        for name, value in vars(getattr(taken, part)).items():
+            assert value == getattr(getattr(published, part), name), f"{part}.{name}"
+    assert random_batch(2, taken).images.shape == random_batch(2, published).images.shape
+
+
+@given(counts=st.lists(st.integers(0, 5), min_size=1, max_size=9), first=st.integers(0, 8), size=st.integers(1, 4))
+def test_padding_keeps_every_image_its_own_labels(counts, first, size) -> None:
+    first = min(first, len(counts) - 1)
+    ends, total = np.cumsum([0, *counts]), sum(counts)
+    points = np.arange(2.0 * total, dtype=np.float32).reshape(-1, 2)
+    labels = Labels(ends, points, np.zeros(total, np.int16), np.zeros(total, np.float32))
+    size = min(size, len(counts) - first)
+    padded = padded_points(labels, first, size)
+    for row in range(size):
+        own = padded[row][np.isfinite(padded[row, :, 0])]
+        np.testing.assert_array_equal(own, labels.sample(first + row)[0])
