@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def test_what_runs_on_a_bare_gpu_machine_imports_with_torch_and_numpy_alone() ->
         f"sys.modules.update(dict.fromkeys({absent.split()!r}))\n"
         f"for name in {modules.split()!r}: importlib.import_module(name)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
 @pytest.mark.parametrize(("size", "preset"), [("full", "celeba"), ("cpu", "faces-cpu")])
