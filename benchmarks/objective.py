@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
-MORE_IS_BETTER = ("model/label_persistence", "model/visible_share", "model/repeatability", "model/landmarks")
+MORE_IS_BETTER = ("label_persistence", "visible_share", "repeatability", "landmarks", "labels_per_image")
 
 
 def figures_of(sweep: Path) -> list[dict[str, float]]:
@@ -28,7 +28,7 @@ def figures_of(sweep: Path) -> list[dict[str, float]]:
         rounds = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
         own = [line for line in rounds if line.get("made_by") == "correspondence"]
         figures = dict(record["figures"])
-        for name in ("equivariance_error", "label_persistence", "labels_per_image"):
+        for name in ("repeatability", "equivariance_error", "label_persistence", "labels_per_image"):
             figures |= {f"round {number}/{name}": line[name] for number, line in enumerate(own, 1) if name in line}
         found.append(figures)
     return found
@@ -36,7 +36,11 @@ def figures_of(sweep: Path) -> list[dict[str, float]]:
 
 def candidates(figures: Mapping[str, float]) -> dict[str, float]:
     """Each figure as something to be made small, and small combinations of them."""
-    own = {name: -value if name in MORE_IS_BETTER else value for name, value in figures.items() if "score" not in name}
+    own = {
+        name: -value if name.rpartition("/")[2] in MORE_IS_BETTER else value
+        for name, value in figures.items()
+        if "score" not in name
+    }
     error, seen = figures.get("model/equivariance_error"), figures.get("model/visible_share", 0.0)
     again, loose = figures.get("model/repeatability", 0.0), figures.get("model/looseness")
     if error is not None and seen:

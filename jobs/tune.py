@@ -24,6 +24,9 @@ from sst.search_space import default_space, draw_trials, parse_space, read_space
 from sst.sweep import Sweep, TrialRecord, best_of, run_sweep, told
 from sst.tracking import DEFAULT_URI, absolute_uri
 
+LOG_WIDTH = 200
+"""Columns of the table where no terminal says how many there are: in the log of a job."""
+
 
 class TuneCommand(BaseModel):
     """What is searched, where it lies, and how it is told to work."""
@@ -109,7 +112,10 @@ def print_table(sweep: Sweep, records: Sequence[TrialRecord]) -> None:
         shown = ["-" if figure is None else f"{figure:.4g}" for figure in figures]
         values = [str(record.values[name]) for name in names]
         table.add_row(f"{number:03d}", *values, record.status, str(record.step), *shown)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
+    console.print(table)
 
 
 @exit_on_user_error()

@@ -4,8 +4,11 @@ import math
 
 import pytest
 
+from jobs.tune import print_table
+from sst.config import TrainSettings
 from sst.objective import final_objective, round_objective
-from sst.sweep import TrialRecord, best_of
+from sst.pipeline import Tracking
+from sst.sweep import Sweep, TrialRecord, best_of
 
 FIGURES = {
     "model/repeatability": 0.8,
@@ -22,9 +25,9 @@ def test_each_objective_is_its_figure_in_per_cent():
     assert final_objective("label-free", {}) is None and final_objective("forward", {}) is None
 
 
-def test_a_round_without_keypoints_is_worse_than_any():
-    assert round_objective({"equivariance_error": 2.5}) == 2.5
-    assert round_objective({}) == math.inf
+def test_a_round_is_judged_as_the_finished_run_is():
+    assert round_objective({"repeatability": 0.8, "equivariance_error": 1.5}) == final_objective("label-free", FIGURES)
+    assert round_objective({}) == round_objective({"repeatability": 0.0}) == 100.0
 
 
 def test_a_model_that_sees_hardly_anything_is_not_the_best():
@@ -33,3 +36,13 @@ def test_a_model_that_sees_hardly_anything_is_not_the_best():
     assert best_of(records) == 0
     assert best_of([*records, TrialRecord(values={}, status="stopped", objective=0.1)]) == 0
     assert best_of([TrialRecord(values={}, status="finished"), TrialRecord(values={}, status="failed")]) is None
+
+
+def test_the_table_has_room_in_a_log_for_every_name_and_number(capsys):
+    values = {"cluster.clusters": 15, "stage1.learning_rate": 0.0006698, "stage1.threshold": 0.1761}
+    sweep = Sweep("runs/mine", TrainSettings(), "shards", [values], "label-free", Tracking("", "landmarks", "mine"))
+    figures = {"model/landmarks": 15.0, "score/forward": 0.07508, "score/backward": 0.06719}
+    print_table(sweep, [TrialRecord(values=values, status="finished", step=1900, objective=59.02, figures=figures)])
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert all(word in shown for word in ("learning_rate", "threshold", "backward", "0.0006698", "finished", "0.06719"))
