@@ -148,6 +148,7 @@ def comparison_page(title: str, runs: Sequence[ComparedRun]) -> str:
     drawn = {
         title: [(text, *run.curves[name]) for text, run in zip(labels, runs, strict=True) if name in run.curves]
         for name, title in CURVES.items()
+        if any(name in run.curves for run in runs)
     }
     picture = ReportFigure("curves", "Rounds and steps of the runs that have them.", png(curves(drawn)))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)

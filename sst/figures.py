@@ -186,9 +186,13 @@ def curves(panels: Mapping[str, Sequence[tuple[str, Sequence[float], Sequence[fl
     """
     labels = list(dict.fromkeys(label for lines in panels.values() for label, _, _ in lines))
     legend_rows = -(-len(labels) // 3)
-    figure = Figure(figsize=(11, 5.2 + 0.2 * legend_rows), layout="constrained")
+    rows = max(1, -(-len(panels) // 3))
+    figure = Figure(figsize=(11, 2.6 * rows + 0.2 * legend_rows), layout="constrained")
+    axes = list(figure.subplots(rows, 3, squeeze=False).flat)
+    for axis in axes[len(panels) :]:
+        axis.remove()
     drawn: dict[str, Any] = {}
-    for axis, (title, lines) in zip(figure.subplots(2, 3).flat, panels.items(), strict=False):
+    for axis, (title, lines) in zip(axes, panels.items(), strict=False):
         for label, x, y in lines:
             number = labels.index(label)
             look = {

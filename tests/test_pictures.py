@@ -48,6 +48,14 @@ def test_rounds_are_counted_in_whole_numbers():
     assert all(tick == round(tick) for tick in drawn.axes[0].get_xticks())
 
 
+def test_every_panel_of_curves_is_drawn():
+    for count in (0, 1, 3, 7):
+        panels = {f"panel {n}": [("run", [0.0, 1.0], [0.0, float(n)])] for n in range(count)}
+        drawn = figures.curves(panels)
+        assert [axis.get_title() for axis in drawn.axes] == list(panels)
+        assert pixels(drawn).std() > 0 or not count
+
+
 def test_every_landmark_looks_different():
     looks = {(figures.style(k)["color"], figures.style(k)["marker"]) for k in range(80)}
     assert len(looks) == 80
