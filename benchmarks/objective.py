@@ -10,28 +10,49 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
+from sst.objective import round_error
+from sst.sweep import REDUCTION
+
 MORE_IS_BETTER = ("label_persistence", "visible_share", "repeatability", "landmarks", "labels_per_image")
 
 
-def figures_of(sweep: Path) -> list[dict[str, float]]:
-    """Figures of the finished trials, and of their last round of stage 1."""
-    found = []
+def figures_of(sweep: Path) -> dict[str, dict[str, float]]:
+    """Figures of each finished trial, and of its rounds of stage 1."""
+    found = {}
     for path in sorted(sweep.glob("trials/*/trial.json")):
         record = json.loads(path.read_text())
         if record["status"] != "finished":
             continue
+        clusters = json.loads((path.parent / "settings.json").read_text())["settings"]["cluster"]["clusters"]
         rounds = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
         own = [line for line in rounds if line.get("made_by") == "correspondence"]
         figures = dict(record["figures"])
-        for name in ("repeatability", "equivariance_error", "label_persistence", "labels_per_image"):
-            figures |= {f"round {number}/{name}": line[name] for number, line in enumerate(own, 1) if name in line}
-        found.append(figures)
+        for number, line in enumerate(own, 1):
+            for name in ("equivariance_error", "label_persistence", "labels_per_image"):
+                if name in line:
+                    figures[f"round {number}/{name}"] = line[name]
+            figures[f"round {number}/error to the clusters' distance"] = round_error(line, clusters)
+        found[path.parent.name] = figures
     return found
+
+
+def stopped(sweep: Path, trials: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Trials that early stopping would have ended, had they come in this order."""
+    rounds = json.loads((sweep / "sweep.json").read_text())["settings"]["stage1"]["rounds"]
+    name = f"round {1 + max(1, rounds // 3)}/error to the clusters' distance"
+    ended: list[str] = []
+    earlier: list[float] = []
+    for number, figures in trials.items():
+        if earlier and figures[name] > np.percentile(earlier, 100 / REDUCTION):
+            ended.append(number)
+        earlier.append(figures[name])
+    return ended
 
 
 def candidates(figures: Mapping[str, float]) -> dict[str, float]:
@@ -59,7 +80,8 @@ def main(sweeps: tyro.conf.Positional[tuple[Path, ...]]) -> None:
         sweeps: directories of sweeps.
     """
     for sweep in sweeps:
-        trials = figures_of(sweep)
+        found = figures_of(sweep)
+        trials = list(found.values())
         rows = [candidates(figures) for figures in trials]
         names = list(dict.fromkeys(name for row in rows for name in row))
         table = Table("figure", "trials with it", "forward", "backward", title=f"{sweep.name}: rank correlation")
@@ -73,6 +95,7 @@ def main(sweeps: tyro.conf.Positional[tuple[Path, ...]]) -> None:
             count = sum(name in row for row in rows)
             table.add_row(name, str(count), *shown)
         Console(width=100).print(table)
+        print("early stopping ends trials", ", ".join(stopped(sweep, found)) or "none", "\n")
 
 
 if __name__ == "__main__":

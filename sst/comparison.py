@@ -27,7 +27,6 @@ FIGURES = {
 
 CURVES = {
     "round/equivariance_error": "equivariance error, % of the view",
-    "round/repeatability": "share of clusters found again after a warp",
     "round/label_persistence": "share of labels that persist",
     "round/labels_per_image": "labels per image",
     "round/clusters_in_use": "clusters in use",

@@ -152,7 +152,6 @@ PANELS = {
     "label_persistence": "share of labels that persist",
     "inertia": "k-means inertia",
     "equivariance_error": "equivariance error, % of the view",
-    "repeatability": "share of clusters found again after a warp",
 }
 """Round figures that are drawn, and what they are called."""
 

@@ -1,17 +1,20 @@
 """What a sweep makes small: how good a run is, with and without annotations."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 Objective = Literal["label-free", "forward", "backward"]
 
 
-def round_objective(line: Mapping[str, Any]) -> float:
-    """Of a round of stage 1, from its figures: what `final_objective` without annotations is for landmarks.
+def round_error(line: Mapping[str, Any], clusters: int) -> float:
+    """Equivariance error of a round of stage 1, from its figures, in per cent of the mean distance between clusters.
 
-    The share of clusters, over some images, that are not found again at their place after a random warp.
+    So many clusters in a view lie about 1 / sqrt(clusters) of its side apart: without that, many clusters would look
+    better than few merely for having less room to be wrong in. Where nothing is found on both copies of
+    an image, the error counts as the whole view. It tells hopeless trials from others, and does not rank those.
     """
-    return 100.0 * (1.0 - float(line.get("repeatability", 0.0)))
+    return float(line.get("equivariance_error", 100.0)) * math.sqrt(clusters)
 
 
 def final_objective(objective: Objective, figures: Mapping[str, float]) -> float | None:

@@ -72,7 +72,6 @@ def round_line(line: dict[str, Any]) -> str:
         "clusters_in_use": "clusters",
         "label_persistence": "persist",
         "equivariance_error": "equivariance %",
-        "repeatability": "repeatability",
         "inertia": "inertia",
         "merged": "merged",
     }

@@ -31,7 +31,7 @@ from cluster.shards import Labels
 from sst.checkpoint import weights_hash
 from sst.config import TrainSettings
 from sst.data import balanced, shard_batches
-from sst.evaluation import equivariance_error, label_persistence, repeatability
+from sst.evaluation import equivariance_error, label_persistence
 from sst.extraction import BATCH, Predictions, extract_descriptors, keypoint_equivariance, predict_landmarks
 from sst.geometry import SCORING_SIZE
 from sst.group import Group
@@ -275,10 +275,8 @@ class RoundMaker:
             precision=self.settings.resources.precision,
             seed=self.settings.seed,
         )
-        radius = self.settings.stage2.merge_radius * size / SCORING_SIZE
-        figures = {"repeatability": float(repeatability(moved, predicted, radius).mean())}
         error = equivariance_error(moved, predicted, size)
-        return figures | ({"equivariance_error": error} if np.isfinite(error) else {})
+        return {"equivariance_error": error} if np.isfinite(error) else {}
 
 
 def correspondence_figures(found: Correspondence) -> dict[str, float]:

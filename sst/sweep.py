@@ -25,7 +25,7 @@ from sst.errors import RunFailedError, UserError
 from sst.first_round import keypoints_hash
 from sst.lock import RunLock
 from sst.metrics import MetricsReader
-from sst.objective import Objective, final_objective, round_objective
+from sst.objective import Objective, final_objective, round_error
 from sst.pipeline import Tracking, differences, open_corpus, train_run
 from sst.progress import clock
 from sst.rounds import RunDirectory
@@ -44,8 +44,8 @@ NODE_SHARE = 1e-4
 TRIAL_FAILURES = 2
 """How often a lost trial is started again."""
 
-REDUCTION = 2
-"""Of the trials that reach a rung, one in so many goes on (Li et al. 2020)."""
+REDUCTION = 4 / 3
+"""ASHA's reduction factor (Li et al. 2020): of the trials that are judged, one in so many goes on, three of four."""
 
 POLL_SECONDS = 1.0
 
@@ -65,9 +65,9 @@ class TrialRecord(BaseModel):
         values: what it was told, by setting.
         status: finished; stopped for being weak; failed.
         step: optimizer steps taken.
-        objective: smaller is better; that of the last round for a stopped trial.
+        objective: of the finished model; smaller is better.
         figures: of the finished model, and scores where there are annotations.
-        error: why it failed.
+        error: why it failed or was stopped.
         seconds: of the start in which it ended.
     """
 
@@ -164,7 +164,6 @@ def run_sweep(sweep: Sweep, *, concurrent: int | None, early_stop: bool, resume:
     corpus = open_corpus(sweep.shards)
     if sweep.objective != "label-free" and corpus.manifest.protocol is None:
         raise UserError(f"{sweep.shards} has no annotations, so the objective can't be {sweep.objective}")
-    images = corpus.manifest.samples_of("train")
     set_environment(TUNE_ENVIRONMENT)
     with RunLock(sweep.url):
         sweep.claim(resume)
@@ -177,14 +176,19 @@ def run_sweep(sweep: Sweep, *, concurrent: int | None, early_stop: bool, resume:
         room = concurrent or room_for(
             resources.most_workers, resources.worker_gpus if gpu else resources.worker_cpus, gpu
         )
-        lengths = [plan(with_values(sweep.settings, values), images)[-1] for values in sweep.trials]
-        longest = max(phase.first_step + phase.steps for phase in lengths)
         scheduler: Any = FIFOScheduler()
-        if early_stop and sweep.settings.stage1.rounds:
-            # A first judgement when the labels are the network's own for the second time.
-            first = sweep.settings.stage1.warmup_iterations + sweep.settings.stage1.round_iterations
+        stage1 = sweep.settings.stage1
+        if early_stop and stage1.rounds:
+            # One rung, after a third of the rounds: further ones would stop good trials, see docs/tuning.md.
+            rung = stage1.warmup_iterations + max(1, stage1.rounds // 3) * stage1.round_iterations
             scheduler = ASHAScheduler(
-                "step", "objective", "min", max_t=longest, grace_period=first, reduction_factor=REDUCTION
+                "step",
+                "error",
+                "min",
+                max_t=rung,
+                grace_period=rung,
+                reduction_factor=REDUCTION,
+                stop_last_trials=False,
             )
         tracker = sweep.tracking.open(sweep.url)
         tracker.log_settings(sweep.settings.model_dump(mode="json"))
@@ -262,29 +266,22 @@ def run_trial(config: dict[str, int], sweep: Sweep) -> None:
     from ray import tune
 
     number = config["trial"]
-    run, earlier = sweep.run(number), sweep.record(number)
-    reader = MetricsReader(run.url)
-    if earlier is None:
-        for step, objective in train_trial(sweep, number, reader):
-            tune.report({"step": step, "objective": objective})
-    else:
-        for step, objective in judged_rounds(run, reader):
-            tune.report({"step": step, "objective": objective})
-    record = earlier or sweep.record(number)
-    assert record is not None
-    if record.objective is not None:
-        tune.report({"step": record.step, "objective": record.objective})
+    reader = MetricsReader(sweep.run(number).url)
+    rounds = train_trial(sweep, number, reader) if sweep.record(number) is None else new_rounds(sweep, number, reader)
+    for step, error in rounds:
+        tune.report({"step": step, "error": error})
 
 
-def judged_rounds(run: RunDirectory, reader: MetricsReader) -> Iterator[tuple[int, float]]:
-    """(optimizer step, objective) of every round of correspondence that is new in the metrics file."""
+def new_rounds(sweep: Sweep, number: int, reader: MetricsReader) -> Iterator[tuple[int, float]]:
+    """(optimizer step, error) of every round of correspondence that is new in the trial's metrics file."""
+    clusters = with_values(sweep.settings, sweep.trials[number]).cluster.clusters
     for line in reader.new_lines():
         if line.get("kind") == "round" and line.get("made_by") == "correspondence":
-            yield run.record(line["round"]).step, round_objective(line)
+            yield sweep.run(number).record(line["round"]).step, round_error(line, clusters)
 
 
 def train_trial(sweep: Sweep, number: int, reader: MetricsReader) -> Iterator[tuple[int, float]]:
-    """Trains a trial to its end and notes it; yields (optimizer step, objective) after every round.
+    """Trains a trial to its end and notes it; yields (optimizer step, error) after every round.
 
     Raises:
         Exception: what is not the trial's own fault, such as a lost node: it may be tried again.
@@ -304,7 +301,7 @@ def train_trial(sweep: Sweep, number: int, reader: MetricsReader) -> Iterator[tu
     thread.start()
     while thread.is_alive():
         thread.join(POLL_SECONDS)
-        yield from judged_rounds(run, reader)
+        yield from new_rounds(sweep, number, reader)
     seconds = time.monotonic() - started
     if not failures:
         sweep.write(number, finished_record(sweep, number, seconds))
@@ -347,15 +344,17 @@ def watcher(sweep: Sweep, concurrent: int) -> Any:
             say(f"trial {number:03d} starts{again}: {told(sweep.trials[number])}")
 
         def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
-            say(f"trial {trial.config['trial']:03d}  step {result['step']}  objective {result['objective']:.4g}")
+            say(f"trial {trial.config['trial']:03d}  step {result['step']}  {off(result['error'])}")
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             number, last = trial.config["trial"], trial.last_result
             if sweep.record(number) is None:
-                seconds = time.monotonic() - self.began[number]
-                objective, step = float(last["objective"]), int(last["step"])
                 record = TrialRecord(
-                    values=sweep.trials[number], status="stopped", step=step, objective=objective, seconds=seconds
+                    values=sweep.trials[number],
+                    status="stopped",
+                    step=int(last["step"]),
+                    error=f"{off(float(last['error']))}, among the worst quarter of those that came as far",
+                    seconds=time.monotonic() - self.began[number],
                 )
                 sweep.write(number, record)
                 sweep.track(number).open(sweep.run(number).url).close("KILLED")
@@ -378,13 +377,19 @@ def watcher(sweep: Sweep, concurrent: int) -> Any:
             self.took.append(time.monotonic() - self.began[number])
             remaining = len(sweep.trials) - self.done
             left = sum(self.took) / len(self.took) * remaining / min(concurrent, max(1, remaining))
-            figure = "" if record.objective is None else f", objective {record.objective:.4g}"
+            came_to = "" if record.objective is None else f", objective {record.objective:.4g}"
+            why = "" if record.error is None else f", {record.error.strip().splitlines()[-1]}"
             say(
-                f"trial {number:03d} {record.status} after {record.step} steps{figure}; {self.done} of "
+                f"trial {number:03d} {record.status} after {record.step} steps{came_to}{why}; {self.done} of "
                 f"{len(sweep.trials)} done, about {clock(left)} left"
             )
 
     return Watch()
+
+
+def off(error: float) -> str:
+    """An error of `round_error` as people read it."""
+    return f"equivariance error {error:.3g} % of the distance between clusters"
 
 
 def told(values: Values) -> str:

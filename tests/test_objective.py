@@ -6,7 +6,7 @@ import pytest
 
 from jobs.tune import print_table
 from sst.config import TrainSettings
-from sst.objective import final_objective, round_objective
+from sst.objective import final_objective, round_error
 from sst.pipeline import Tracking
 from sst.sweep import Sweep, TrialRecord, best_of
 
@@ -25,9 +25,10 @@ def test_each_objective_is_its_figure_in_per_cent():
     assert final_objective("label-free", {}) is None and final_objective("forward", {}) is None
 
 
-def test_a_round_is_judged_as_the_finished_run_is():
-    assert round_objective({"repeatability": 0.8, "equivariance_error": 1.5}) == final_objective("label-free", FIGURES)
-    assert round_objective({}) == round_objective({"repeatability": 0.0}) == 100.0
+def test_the_error_of_a_round_counts_in_distances_between_clusters():
+    # 25 clusters lie 20 % of the view apart, so 2 % of the view are a tenth of that.
+    assert round_error({"equivariance_error": 2.0}, 25) == pytest.approx(10.0)
+    assert round_error({}, 25) > round_error({"equivariance_error": 70.0}, 25)
 
 
 def test_a_model_that_sees_hardly_anything_is_not_the_best():

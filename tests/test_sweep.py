@@ -23,8 +23,7 @@ def command(folder: Path, *more: str) -> list[str]:
     for name in ("--cluster.clusters", "--stage1.threshold"):
         at = tiny.index(name)
         del tiny[at : at + 2]
-    # Within 40 pixels a network of 10 steps finds a quarter again of what it found.
-    tiny += ["--stage2.merge-radius", "40", "--register", "small"]
+    tiny += ["--register", "small"]
     return [
         *(sys.executable, "-m", "jobs.tune", "toy-cpu", "--shards", str(folder / "shards"), "--name", "sweep"),
         *("--runs", str(folder / "runs"), "--tracking", f"sqlite:///{folder}/mlflow.db", *tiny),
@@ -79,9 +78,9 @@ def records(folder):
 def test_a_lost_trial_goes_on_a_weak_one_is_stopped_a_wrong_one_ends_nothing(records):
     assert [record["status"] for record in records] == ["finished", "failed", "stopped", "failed"]
     assert [tuple(record["values"].values()) for record in records] == TRIALS
-    assert records[0]["step"] == 60 and 0 < records[0]["objective"] < 100
+    assert records[0]["step"] == 60 and 0 < records[0]["objective"] <= 100
     assert {"model/landmarks", "model/repeatability", "model/label_persistence"} <= records[0]["figures"].keys()
-    assert records[2]["step"] < 60 and records[2]["objective"] == 100
+    assert records[2]["step"] < 60 and "worst quarter" in records[2]["error"]
     assert all("descriptors" in records[number]["error"] for number in (1, 3))
 
 
