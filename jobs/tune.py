@@ -47,7 +47,7 @@ class TuneCommand(BaseModel):
     objective: Objective = "label-free"
     """What is made small: the share of landmarks not found again after a warp, or an error that needs annotations."""
     early_stop: bool = True
-    """Stop weak trials between rounds (ASHA)."""
+    """Stop hopeless trials after a third of their rounds (ASHA)."""
     concurrent: Annotated[int | None, Field(ge=1)] = None
     """Trials at once; by default as many as the cluster has room for."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
