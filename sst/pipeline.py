@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -242,30 +243,34 @@ def showing(run: RunDirectory, settings: TrainSettings, corpus: Corpus, tracker:
     size = settings.network.input_size
     show = Show(plan(settings, corpus.manifest.samples_of("train")))
 
+    def draw(number: int) -> None:
+        try:
+            picture = draw_round(run, corpus, number, size)
+        except Exception as error:  # a picture must not end a run of days
+            logger.warning("round %d could not be drawn: %s", number, error)
+        else:
+            tracker.log_files({f"rounds/{number:04d}.png": picture})
+
     def forward() -> None:
         for line in reader.new_lines():
             show.line(line)
             if line["kind"] == "round":
-                try:
-                    picture = draw_round(run, corpus, line["round"], size)
-                except Exception as error:  # a picture must not end a run of days
-                    logger.warning("round %d could not be drawn: %s", line["round"], error)
-                else:
-                    tracker.log_files({f"rounds/{line['round']:04d}.png": picture})
+                drawing.submit(draw, line["round"])
 
     def watch() -> None:
         while not stop.wait(POLL_SECONDS):
             forward()
 
     thread = threading.Thread(target=watch, name="show", daemon=True)
-    thread.start()
-    try:
-        yield show
-    finally:
-        stop.set()
-        thread.join()
-        forward()
-        show.close()
+    with ThreadPoolExecutor(1, "draw") as drawing:  # progress does not wait for pictures
+        thread.start()
+        try:
+            yield show
+        finally:
+            stop.set()
+            thread.join()
+            forward()
+            show.close()
 
 
 def finish_run(run: RunDirectory, corpus: Corpus, settings: TrainSettings, tracker: Tracker, seconds: float) -> Outcome:

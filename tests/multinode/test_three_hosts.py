@@ -13,8 +13,10 @@ from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from cluster.shards import Labels
 from tests.small import files
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -128,11 +130,19 @@ def test_three_hosts_give_what_one_gives(hosts, folder):
     three = folder / "three"
     for shard in (folder / "shards").iterdir():
         assert shard.read_bytes() == (three / "shards" / shard.name).read_bytes()
-    # No tolerance: the same number of workers, each on one CPU, adds up in the same order wherever they are.
+    # The same number of workers, each on one CPU, adds up in the same order wherever they are: all is bit-equal but
+    # the labels' distances, whose last bit depends on the BLAS kernel that an environment chooses.
     here, there = files(folder / "run"), files(three / "runs" / "run")
     assert here.keys() == there.keys()
-    same = [name for name in here if name.endswith((".safetensors", ".npz"))]
-    assert len(same) > 30 and [name for name in same if here[name] != there[name]] == []
+    same = [name for name in here if name.endswith((".safetensors", ".npz")) and "/labels/" not in name]
+    assert len(same) > 10 and [name for name in same if here[name] != there[name]] == []
+    labels = [name for name in here if "/labels/" in name]
+    assert len(labels) > 10
+    for name in labels:
+        one, other = Labels.load(str(folder / "run" / name)), Labels.load(str(three / "runs" / "run" / name))
+        for part in ("offsets", "points", "cluster"):
+            np.testing.assert_array_equal(getattr(one, part), getattr(other, part), err_msg=name)
+        np.testing.assert_allclose(one.distance, other.distance, rtol=0, atol=1e-6, err_msg=name)
 
 
 def test_a_mistake_fails_the_job_and_says_why(hosts):
@@ -143,7 +153,7 @@ def test_a_mistake_fails_the_job_and_says_why(hosts):
 def test_an_elastic_run_goes_on_with_the_hosts_that_are_left_and_takes_new_ones(hosts, folder):
     hosts.submit("jobs.pack", *PACK, "--out", "s3://corpus/elastic/shards")
     places = "--shards s3://corpus/elastic/shards --runs s3://corpus/elastic --name run --workers 2:3".split()
-    longer = ["--stage2.iterations", "600", "--resources.checkpoint-steps", "20"]
+    longer = ["--stage2.iterations", "1500", "--stage2.merge-every", "150", "--resources.checkpoint-steps", "20"]
     tracking = ["--tracking", f"sqlite:///{folder}/elastic.db"]
     command = [str(SCRIPT), "submit", "--", "python", "-m", "jobs.train", *TRAIN, *longer, *places, *tracking]
     log = folder / "elastic.log"
