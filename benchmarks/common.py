@@ -16,13 +16,14 @@ from typing import Any, Literal
 
 import torch
 
+from sst.arithmetic import Precision
 from sst.augment import STRONGER, Augmentation
 from sst.network import NetworkShape
 
 Size = Literal["full", "cpu"]
 
 
-def settings_of(size: Size, precision: str = "bf16") -> Any:
+def settings_of(size: Size, precision: Precision = "auto") -> Any:
     """What a step asks of `sst.config.TrainSettings`, which needs more than torch: celeba's or faces-cpu's."""
     full = size == "full"
     shape = NetworkShape() if full else NetworkShape(width=64, depth=3, groups=8, descriptor_size=64)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sst.arithmetic import Precision, autocast
 from sst.augment import augment, warp_images
 from sst.losses import descriptor_loss, detector_loss, landmark_loss, sample_descriptors
 from sst.suppression import decode_keypoints, unite
@@ -58,11 +59,6 @@ def random_batch(count: int, settings: "TrainSettings") -> Batch:
     places = torch.rand(count, points, 2, generator=generator) * (settings.network.input_size // 4 - 1)
     cluster = torch.randint(0, settings.cluster.clusters, (count, points), generator=generator)
     return Batch(tuple(map(str, range(count))), images, torch.eye(3).expand(count, 3, 3), places, cluster)
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The arithmetic of convolutions: bfloat16 or float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def stage1_losses(
@@ -142,7 +138,7 @@ def stage2_losses(
 
 
 def keypoint_maps(
-    model: nn.Module, batch: Batch, input_size: int, precision: str, warp_B33: Tensor | None = None
+    model: nn.Module, batch: Batch, input_size: int, precision: Precision, warp_B33: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Detector heatmap (B, 1, H, W) and raw descriptors (B, D, H, W), float32, of the views, warped if told so."""
     to_view = batch.to_view if warp_B33 is None else warp_B33 @ batch.to_view
@@ -160,7 +156,7 @@ def describe(
     input_size: int,
     threshold: float,
     radius: float,
-    precision: str,
+    precision: Precision,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keypoints of the detector united with the previous labels, and their descriptors (paper, section 3.2).
 
@@ -171,7 +167,7 @@ def describe(
         input_size: side S of the view.
         threshold: detector confidence above which a keypoint is taken.
         radius: half side of the squares within which a previous label beats a keypoint, in heatmap units.
-        precision: "bf16" or "float32".
+        precision: see `sst.arithmetic`.
 
     Returns:
         Points of each image (B,); points (N, 2) in heatmap units, image by image, previous labels first; and their

@@ -5,9 +5,9 @@ file, so the latest directory whose record and hashes agree is the one to go on 
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Annotated, Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -47,43 +47,25 @@ def weights_hash(model: nn.Module) -> str:
     return storage.sha256(save(_plain(model.state_dict())))
 
 
-def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors, "3.square_avg" for parameter 3."""
-    return {
-        f"{index}.{name}": torch.as_tensor(value)
-        for index, state in optimizer.state_dict()["state"].items()
-        for name, value in state.items()
-    }
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Puts back what `optimizer_tensors` took out."""
-    state: dict[int, dict[str, Any]] = {}
-    for key, tensor in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
 def write_checkpoint(
-    directory: str, model: nn.Module, optimizer: torch.optim.Optimizer, **position: Any
+    directory: str, model: nn.Module, optimizer: Mapping[str, Tensor], **position: Any
 ) -> CheckpointRecord:
     """Writes a checkpoint and removes those older than the last `KEEP`.
 
     Args:
         directory: the run's checkpoints directory.
         model: without DDP wrapper.
-        optimizer: its optimizer.
+        optimizer: the state of its optimizer, by name.
         **position: fields of `CheckpointRecord`, without files.
     """
     url = storage.join(directory, f"{position['step']:010d}")
     contents = {
         "model.safetensors": save(_plain(model.state_dict())),
-        "optimizer.safetensors": save(_plain(optimizer_tensors(optimizer))),
+        "optimizer.safetensors": save(_plain(optimizer)),
     }
     for name, data in contents.items():
         storage.write_bytes(storage.join(url, name), data)

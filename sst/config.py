@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 import tyro
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from sst.arithmetic import Precision
 from sst.augment import STRONGER, Augmentation
 from sst.geometry import STRIDE
 from sst.network import NetworkShape
@@ -205,8 +206,11 @@ class ResourceSettings(Settings):
     """GPUs of the k-means actor, where the cluster has any."""
     gpu: bool | None = None
     """Train on GPUs; unset: where the cluster has enough of them."""
-    precision: Literal["bf16", "float32"] = "bf16"
-    """Arithmetic of convolutions; weights, losses and optimizer are always float32."""
+    precision: Precision = "auto"
+    """Arithmetic of convolutions; weights, losses and optimizer are always float32. auto: bf16 on GPUs and CPUs with
+    matrix units for it, float32 elsewhere."""
+    compile: bool | None = None
+    """Fuse what lies between convolutions by torch.compile, which takes minutes at the start; unset: on GPUs."""
     max_failures: Count = 3
     """Lost workers that a run survives before it gives up; submit it again to go on."""
     checkpoint_steps: Positive = 1_000

@@ -210,6 +210,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, usable_cpus() // context.get_local_world_size()))
+    torch.backends.cudnn.benchmark = True  # every step has the same shapes, so looking for the fastest form pays
     settings = TrainSettings.model_validate(config["settings"])
     group = Group(context.get_world_rank(), context.get_world_size(), device)
     metrics = MetricsFile(config["run"]) if group.rank == 0 else None

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional
 
 from cluster.assignment import assign
 from cluster.shards import Descriptors, Labels
+from sst.arithmetic import Precision, autocast
 from sst.augment import Augmentation, invert_affine, random_affine, warp_images
-from sst.batch import Batch, autocast, describe, keypoint_maps
+from sst.batch import Batch, describe, keypoint_maps
 from sst.data import decode_to_view, shard_batches
 from sst.geometry import SCORING_SIZE, STRIDE, box_to_view, transform, transform_points
 from sst.keypoints import VIEW, KeypointDetector
 from sst.losses import sample_descriptors
-from sst.network import DetectorDescriptor, LandmarkDetector
 from sst.shards import RawSample, ShardInfo, decode, read_shard
 from sst.suppression import decode_keypoints, decode_landmarks
 from sst.symmetry import mirror_matrix
@@ -100,25 +101,25 @@ def _keypoints(
 
 @torch.inference_mode()
 def extract_descriptors(
-    model: DetectorDescriptor,
+    model: nn.Module,
     corpus: str,
     shard: ShardInfo,
     previous: Labels,
     *,
     input_size: int,
     threshold: float,
-    precision: str,
+    precision: Precision,
 ) -> tuple[Descriptors, int]:
     """Keypoints of the detector united with the previous labels, and their descriptors (paper, section 3.2).
 
     Args:
-        model: stage-1 network.
+        model: stage-1 network, perhaps compiled.
         corpus: directory of the shards.
         shard: the shard.
         previous: the shard's labels of the round before.
         input_size: side S of the view.
         threshold: detector confidence above which a keypoint is taken.
-        precision: "bf16" or "float32".
+        precision: see `sst.arithmetic`.
     """
     device = next(model.parameters()).device
     counts, points, descriptors = [], [], []  # type: list[np.ndarray], list[np.ndarray], list[np.ndarray]
@@ -177,21 +178,21 @@ class Predictions:
 
 @torch.inference_mode()
 def predict_landmarks(
-    model: LandmarkDetector,
+    model: nn.Module,
     batches: Iterable[Batch],
     *,
     input_size: int,
-    precision: str,
+    precision: Precision,
     warp_seed: int | None = None,
     mirrored: bool = False,
 ) -> Predictions:
     """Every landmark's peak on every image.
 
     Args:
-        model: stage-2 network.
+        model: stage-2 network, perhaps compiled.
         batches: images in order.
         input_size: side S of the view.
-        precision: "bf16" or "float32".
+        precision: see `sst.arithmetic`.
         warp_seed: predict on randomly warped copies instead, and move the points back to the un-warped view.
         mirrored: predict on mirrored images instead, and mirror the points back.
     """
@@ -216,14 +217,14 @@ def predict_landmarks(
 
 @torch.inference_mode()
 def keypoint_equivariance(
-    model: DetectorDescriptor,
+    model: nn.Module,
     batch: Batch,
     centroids: np.ndarray,
     thresholds: np.ndarray,
     *,
     input_size: int,
     threshold: float,
-    precision: str,
+    precision: Precision,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Clusters found on images and on warped copies of them.

@@ -14,6 +14,7 @@ from operator import add
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from cluster import storage
 from cluster.correspondence import (
@@ -104,16 +105,17 @@ class RoundMaker:
     group: Group
     tools: Tools
 
-    def correspondence(self, model: DetectorDescriptor, previous: RoundRecord, step: int) -> None:
+    def correspondence(self, model: DetectorDescriptor, called: nn.Module, previous: RoundRecord, step: int) -> None:
         """Extracts every training image's descriptors, clusters them and labels the images (section 3.2).
 
         Args:
             model: stage-1 network without DDP wrapper, in eval mode.
+            called: the same as it is called, perhaps compiled.
             previous: record of the round whose labels were trained on.
             step: optimizer steps taken in the run.
         """
         number, started = previous.number + 1, time.monotonic()
-        rows, dropped = self._extract(model, previous)
+        rows, dropped = self._extract(called, previous)
         extracted = time.monotonic()
         if self.group.rank == 0:
             seed = derived_seed(self.settings.seed, ROUND_SEED, number)
@@ -144,7 +146,7 @@ class RoundMaker:
                 | self._persistence(previous, found.thresholds, number),
                 seconds={"extract": extracted - started} | found.seconds,
             )
-            moved = self._equivariance(model, found)
+            moved = self._equivariance(called, found)
             rest = time.monotonic() - started - sum(record.seconds.values())
             record = record.model_copy(
                 update={"figures": record.figures | moved, "seconds": record.seconds | {"figures": rest}}
@@ -156,18 +158,19 @@ class RoundMaker:
                 storage.remove(descriptors_folder(self.run.round_url(done)))
         self.group.wait()
 
-    def merge(self, model: LandmarkDetector, previous: RoundRecord, step: int) -> None:
+    def merge(self, model: LandmarkDetector, called: nn.Module, previous: RoundRecord, step: int) -> None:
         """Joins clusters that name the same place and renames the labels (section 3.3).
 
         Args:
             model: stage-2 network without DDP wrapper, in eval mode.
+            called: the same as it is called, perhaps compiled.
             previous: record of the round whose labels were trained on.
             step: optimizer steps taken in the run.
         """
         number, two, started = previous.number + 1, self.settings.stage2, time.monotonic()
         overlaps = []
         for done, shard in enumerate(self._mine(), start=1):
-            predicted = predict_shard(model, self.corpus, shard, self.settings)
+            predicted = predict_shard(called, self.corpus, shard, self.settings)
             confidence = np.where(previous.active, predicted.confidence, 0.0)
             overlaps.append(
                 count_overlaps(predicted.points, confidence, confident=two.merge_confidence, radius=two.merge_radius)
@@ -220,7 +223,7 @@ class RoundMaker:
     def _progress(self, what: str, done: int) -> None:
         self.tools.log({"kind": "shards", "what": what, "done": done, "total": len(self._mine())})
 
-    def _extract(self, model: DetectorDescriptor, previous: RoundRecord) -> tuple[dict[str, int], int]:
+    def _extract(self, model: nn.Module, previous: RoundRecord) -> tuple[dict[str, int], int]:
         """Writes the descriptor shards of this worker.
 
         Returns:
@@ -262,7 +265,7 @@ class RoundMaker:
         )
         return {"label_persistence": float(np.average([share for share, _ in shares], weights=[n for _, n in shares]))}
 
-    def _equivariance(self, model: DetectorDescriptor, found: Correspondence) -> dict[str, float]:
+    def _equivariance(self, model: nn.Module, found: Correspondence) -> dict[str, float]:
         size = self.settings.network.input_size
         batch = next(shard_batches(self.corpus.url, self.corpus.train[0], size, EQUIVARIANCE_IMAGES))
         moved, predicted = keypoint_equivariance(
@@ -291,7 +294,7 @@ def correspondence_figures(found: Correspondence) -> dict[str, float]:
 
 
 def predict_shard(
-    model: LandmarkDetector,
+    model: nn.Module,
     corpus: Corpus,
     shard: ShardInfo,
     settings: TrainSettings,

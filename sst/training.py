@@ -10,15 +10,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cluster import storage
+from sst.arithmetic import laid_out, obstacle_to_compiling, uses_bf16
 from sst.batch import Batch, stage1_losses, stage2_losses
-from sst.checkpoint import latest_checkpoint, restore_optimizer, write_checkpoint
+from sst.checkpoint import latest_checkpoint, write_checkpoint
 from sst.config import TrainSettings
 from sst.data import Undecodable, balanced, batches, training_examples
 from sst.evaluation import equivariance_error, repeatability
@@ -33,6 +34,7 @@ from sst.round_making import Corpus, RoundMaker, Tools, predict_shard, shard_sym
 from sst.rounds import LandmarkRecord, RoundRecord, RunDirectory
 from sst.schedule import Phase, derived_seed, learning_rate, plan
 from sst.shards import ShardInfo, read_shard
+from sst.update import Update
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +42,10 @@ DATA_SEED, STEP_SEED, WEIGHT_SEED = 2, 3, 4
 """Purpose numbers in `derived_seed`."""
 
 LOG_STEPS = 20
-"""Optimizer steps between two lines of figures, and two looks whether to stop."""
+"""Optimizer steps between two lines of figures, two looks for skipped steps, and two whether to stop."""
 
 SKIP_LIMIT = 5
-"""Consecutive steps with a loss or gradient that is not finite, after which the run stops."""
+"""Consecutive steps without a finite gradient, after which the run stops."""
 
 
 @dataclass
@@ -62,6 +64,8 @@ class Trainer:
         self.settings_hash = storage.sha256(self.settings.method_json().encode())
         self.checkpoints = storage.join(self.run.url, "checkpoints")
         self.undecodable = Undecodable()
+        self.skips = Skips(self.group, self.run, self.tools)
+        self.compiles = self._settle_compiling()
 
     def __call__(self) -> LandmarkDetector:
         """Runs what is left of the run, from the latest checkpoint on; round 0 must be there.
@@ -89,12 +93,32 @@ class Trainer:
         assert isinstance(self.model, LandmarkDetector)
         return self.model.eval()
 
+    def _settle_compiling(self) -> bool:
+        """Whether models are compiled, the same on all workers; says how the device computes."""
+        asked, device = self.settings.resources.compile, self.group.device
+        compiles = device.type == "cuda" if asked is None else asked
+        obstacles = [each for each in self.group.gather(obstacle_to_compiling(device) if compiles else None) if each]
+        if asked and obstacles:
+            raise RuntimeError(f"--resources.compile: torch.compile does not work here ({obstacles[0]}); leave it out")
+        line = {
+            "kind": "arithmetic",
+            "device": str(device),
+            "convolutions": "bf16" if uses_bf16(device, self.settings.resources.precision) else "float32",
+            "compiled": compiles and not obstacles,
+        }
+        self.tools.log(line | ({"slower_since": obstacles[0]} if obstacles else {}))
+        return compiles and not obstacles
+
     def _make_round(self, record: RoundRecord, step: int) -> None:
         model = self.model.eval()
         if isinstance(model, DetectorDescriptor):
-            self.rounds.correspondence(model, record, step)
+            self.rounds.correspondence(model, self.called, record, step)
         else:
-            self.rounds.merge(model, record, step)
+            self.rounds.merge(model, self.called, record, step)
+
+    def _fast(self, model: nn.Module) -> nn.Module:
+        """The model as it is called: compiled, where that is done."""
+        return cast(nn.Module, torch.compile(model)) if self.compiles else model
 
     def finish(self, model: LandmarkDetector) -> None:
         """Writes the landmark model and its predictions on every image of the corpus."""
@@ -176,36 +200,30 @@ class Trainer:
         active = torch.tensor(record.active, device=self.group.device)
         partner = None if record.partner is None else torch.tensor(record.partner, device=self.group.device)
         generator = torch.Generator(self.group.device)
-        wrapped = self.group.wrap(self.model.train())
+        self.model.train()
         share = self.group.share_of(self._batch_size(phase))
         figures = Figures(phase, self._batch_size(phase), self.group.world)
-        skipped = 0
         stream = self._stream(phase, done, record) if done < phase.steps else iter(())
         for step in range(done, phase.steps):
             with figures.waiting():
                 batch = next(stream).to(self.group.device)
             global_step = phase.first_step + step
             generator.manual_seed(derived_seed(self.settings.seed, STEP_SEED, self.group.rank, global_step))
+            self.model.zero_grad()
             if phase.stage == 1:
-                losses = stage1_losses(wrapped, batch, self.settings, generator)
+                losses = stage1_losses(self.trained, batch, self.settings, generator)
             else:
-                losses = stage2_losses(wrapped, batch, active, self.settings, generator, partner)
-            self.optimizer.zero_grad()
+                losses = stage2_losses(self.trained, batch, active, self.settings, generator, partner)
             # DDP takes the mean over the workers, each of which has the mean over its share of the batch.
             (losses["loss"] * (share * self.group.world / self._batch_size(phase))).backward()
-            # DDP has averaged the gradients, so this norm, and what follows from it, is the same on all ranks.
-            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            if torch.isfinite(norm):
-                skipped = 0
-                self.optimizer.param_groups[0]["lr"] = learning_rate(self.settings, phase, step)
-                self.optimizer.step()
-            else:
-                skipped += 1
-                self._report_skip(global_step, batch, skipped)
+            # DDP has averaged the gradients, so their norm, and what follows from it, is the same on all ranks.
+            rate = learning_rate(self.settings, phase, step)
+            norm, finite = self.update(rate)
             figures.add(losses | {"gradient_norm": norm})
+            self.skips.add(global_step, batch.keys, finite)
             last = step + 1 == phase.steps
             if (step + 1) % LOG_STEPS == 0 or last:
-                rate = self.optimizer.param_groups[0]["lr"]
+                self.skips.look()
                 self.tools.log(figures.line(global_step + 1, step + 1) | {"learning_rate": rate})
             stop = (global_step + 1) % LOG_STEPS == 0 and self._stop_asked()
             if (step + 1) % self.settings.resources.checkpoint_steps == 0 or last or stop:
@@ -243,8 +261,7 @@ class Trainer:
         torch.manual_seed(derived_seed(self.settings.seed, WEIGHT_SEED))
         found = latest_checkpoint(self.checkpoints)
         self.model: DetectorDescriptor | LandmarkDetector = DetectorDescriptor(self.settings.network.shape)
-        self.model.to(self.group.device)
-        self._new_optimizer()
+        self._begin_stage()
         if found is None:
             return 0, 0
         record, tensors = found
@@ -253,21 +270,23 @@ class Trainer:
         if record.stage == 2:
             self._start_stage2(len(self.run.record(self.phases[record.phase].round).active))
         self.model.load_state_dict(tensors["model.safetensors"])
-        restore_optimizer(self.optimizer, tensors["optimizer.safetensors"])
+        self.update.restore(tensors["optimizer.safetensors"])
         self.tools.log({"kind": "resume", "step": record.step})
         return record.phase, record.phase_step
 
     def _start_stage2(self, landmarks: int) -> None:
         assert isinstance(self.model, DetectorDescriptor)
         torch.manual_seed(derived_seed(self.settings.seed, WEIGHT_SEED, 2))
-        self.model = LandmarkDetector.from_stage1(self.model.cpu(), landmarks).to(self.group.device)
-        self._new_optimizer()
+        self.model = LandmarkDetector.from_stage1(self.model.cpu(), landmarks)
+        self._begin_stage()
 
-    def _new_optimizer(self) -> None:
+    def _begin_stage(self) -> None:
+        """Puts a stage's model on the device, with its optimizer, and as it is called with and without gradients."""
         stage = self.settings.stage1 if isinstance(self.model, DetectorDescriptor) else self.settings.stage2
-        self.optimizer = torch.optim.RMSprop(
-            self.model.parameters(), lr=stage.learning_rate, weight_decay=stage.weight_decay
-        )
+        self.model = laid_out(self.model, self.group.device)
+        self.update = Update(self.model, stage.learning_rate, stage.weight_decay)
+        # Compiled outside of DDP's wrapper, so that gradients are still sent while others are computed.
+        self.trained, self.called = self._fast(self.group.wrap(self.model)), self._fast(self.model)
 
     def _checkpoint(self, index: int, phase_step: int) -> None:
         phase = self.phases[index]
@@ -275,7 +294,7 @@ class Trainer:
             write_checkpoint(
                 self.checkpoints,
                 self.model,
-                self.optimizer,
+                self.update.state(),
                 step=phase.first_step + phase_step,
                 phase=index,
                 phase_step=phase_step,
@@ -284,16 +303,41 @@ class Trainer:
             )
         self.group.wait()
 
-    def _report_skip(self, step: int, batch: Batch, skipped: int) -> None:
-        keys = [key for own in self.group.gather(batch.keys) for key in own]
-        logger.warning("step %d skipped: gradient not finite; samples %s", step, ", ".join(keys))
-        self.tools.log({"kind": "skip", "step": step, "keys": keys})
-        if skipped >= SKIP_LIMIT:
-            raise FloatingPointError(
-                f"{skipped} steps in a row up to step {step} had no finite gradient; the samples of the "
-                f"last one are in "
-                f"{self.run.url}/metrics.jsonl; lower the learning rate or take resources.precision float32"
-            )
+
+class Skips:
+    """Steps that were not taken because their gradient was not finite; the device is asked by `look` only."""
+
+    def __init__(self, group: Group, run: RunDirectory, tools: Tools) -> None:
+        """Begins without any."""
+        self.group, self.run, self.tools = group, run, tools
+        self.noted: list[tuple[int, tuple[str, ...], Tensor]] = []
+        self.in_a_row = 0
+
+    def add(self, step: int, keys: tuple[str, ...], finite: Tensor) -> None:
+        """Notes a step: the samples of this worker, and whether the gradient was finite (a scalar, equal on all)."""
+        self.noted.append((step, keys, finite))
+
+    def look(self) -> None:
+        """Reports the skipped ones among the steps noted since the last look; all workers look together.
+
+        Raises:
+            FloatingPointError: at `SKIP_LIMIT` of them in a row.
+        """
+        noted, self.noted = self.noted, []
+        taken = torch.stack([finite for _, _, finite in noted]).tolist()
+        for (step, own, _), was_taken in zip(noted, taken, strict=True):
+            self.in_a_row = 0 if was_taken else self.in_a_row + 1
+            if was_taken:
+                continue
+            keys = [key for each in self.group.gather(own) for key in each]
+            logger.warning("step %d skipped: gradient not finite; samples %s", step, ", ".join(keys))
+            self.tools.log({"kind": "skip", "step": step, "keys": keys})
+            if self.in_a_row >= SKIP_LIMIT:
+                raise FloatingPointError(
+                    f"{self.in_a_row} steps in a row up to step {step} had no finite gradient; the samples of the "
+                    f"last one are in {self.run.url}/metrics.jsonl; lower the learning rate or take "
+                    "--resources.precision float32"
+                )
 
 
 class Figures:

@@ -32,6 +32,7 @@ from sst.rounds import LandmarkRecord, RoundRecord, RunDirectory
 from sst.search_space import parse_space, read_space
 from sst.shards import Manifest, SampleMeta, ShardWriter, decode_jpeg_scaled, read_shard
 from sst.toy import draw
+from sst.update import Update
 from tests.small import SETTINGS
 
 
@@ -69,7 +70,7 @@ def cases(root: Path) -> list[Case]:
         str(root / "descriptors.npz")
     )
     small = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.RMSprop(small.parameters())
+    optimizer = Update(small, 0.01, 0.0).state()
     position = {"step": 5, "phase": 0, "phase_step": 5, "stage": 1, "settings": "0" * 64}
     write_checkpoint(str(root / "checkpoints"), small, optimizer, **position)
     network = SETTINGS.network

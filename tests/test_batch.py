@@ -17,6 +17,7 @@ from sst.batch import random_batch, stage1_losses, stage2_losses
 from sst.config import PRESETS
 from sst.extraction import padded_points
 from sst.network import DetectorDescriptor, LandmarkDetector
+from sst.update import Update
 from tests.small import SETTINGS
 
 WAITING = {
@@ -62,13 +63,15 @@ def test_a_step_never_waits_for_the_device(stage: int) -> None:
     batch, generator = random_batch(4, SETTINGS), torch.Generator().manual_seed(0)
     active = torch.ones(SETTINGS.cluster.clusters, dtype=torch.bool)
     partner = torch.arange(SETTINGS.cluster.clusters)
+    used = model if stage == 1 else LandmarkDetector.from_stage1(model, SETTINGS.cluster.clusters)
+    update = Update(used, 5e-4, 1e-5)
     with Waits() as waits:
         if stage == 1:
-            loss = stage1_losses(model, batch, SETTINGS, generator)["loss"]
+            loss = stage1_losses(used, batch, SETTINGS, generator)["loss"]
         else:
-            landmarks = LandmarkDetector.from_stage1(model, SETTINGS.cluster.clusters)
-            loss = stage2_losses(landmarks, batch, active, SETTINGS, generator, partner)["loss"]
+            loss = stage2_losses(used, batch, active, SETTINGS, generator, partner)["loss"]
         loss.backward()
+        update(5e-4)
     assert waits.seen == []
 
 

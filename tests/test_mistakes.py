@@ -69,7 +69,7 @@ def test_resources_may_change_between_starts_but_not_the_arithmetic(tmp_path):
     resources = settings.resources.model_copy(update={"workers": "1:2", "checkpoint_steps": 7, "max_failures": 0})
     assert claim(run, settings.model_copy(update={"resources": resources}), corpus) is False
     exact = settings.resources.model_copy(update={"precision": "float32"})
-    with pytest.raises(UserError, match="settings.resources.precision: bf16 -> float32"):
+    with pytest.raises(UserError, match="settings.resources.precision: auto -> float32"):
         claim(run, settings.model_copy(update={"resources": exact}), corpus)
 
 

@@ -21,6 +21,7 @@ from sst.rounds import RunDirectory
 from sst.schedule import derived_seed, learning_rate, plan
 from sst.shards import SampleMeta, ShardWriter
 from sst.toy import draw
+from sst.update import Update
 from tests.small import SETTINGS, local_tools, train_locally, write_toy
 
 
@@ -92,7 +93,7 @@ def test_a_run_leaves_all_its_rounds_a_model_and_predictions(finished):
     for shard in shards:
         arrays = np.load(folder / "predictions" / shard.file.replace(".tar", ".npz"))
         assert arrays["points"].shape == (shard.samples, len(known.clusters), 2)
-    assert {line["kind"] for line in lines} == {"shards", "step", "round"}
+    assert {line["kind"] for line in lines} == {"arithmetic", "shards", "step", "round"}
     assert all(np.isfinite(line["loss"]) for line in lines if line["kind"] == "step")
     assert not list(folder.rglob("*.tmp"))
 
@@ -284,7 +285,7 @@ def test_a_run_goes_on_with_other_resources(corpus, tmp_path):
 
 def test_checkpoints_are_kept_so_that_a_valid_one_is_always_there(tmp_path):
     model = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.RMSprop(model.parameters())
+    optimizer = Update(model, 0.01, 0.0).state()
 
     def write(step: int) -> list[int]:
         position = {"step": step, "phase": 0, "phase_step": step, "stage": 1, "settings": ""}

@@ -1,0 +1,74 @@
+"""The optimizer's step, which leaves no trace where a gradient is not finite, without the host waiting for the device.
+
+Needs torch alone.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+ALIGNED = 64
+"""Numbers to which each tensor's place in a buffer is rounded up, so that kernels may read it in wide pieces."""
+
+
+def in_one_buffer(tensors: Sequence[Tensor]) -> Tensor:
+    """Moves dense tensors of one type and device into one buffer; each keeps its shape, strides and values.
+
+    Returns:
+        The buffer, one-dimensional; writing to it writes to all the tensors.
+    """
+    places, total = [], 0
+    for tensor in tensors:
+        places.append(total)
+        total += -(-tensor.numel() // ALIGNED) * ALIGNED
+    buffer = torch.zeros(total, dtype=tensors[0].dtype, device=tensors[0].device)
+    for tensor, place in zip(tensors, places, strict=True):
+        view = buffer.as_strided(tensor.shape, tensor.stride(), place)
+        tensor.data = view.copy_(tensor.data)
+    return buffer
+
+
+class Update:
+    """RMSprop (paper, section 4) over a model's weights.
+
+    A step whose gradient is not finite is undone: weights and running averages are kept as they were before it, in
+    one buffer each, and a single selection on the device puts them back. So the host need not know before the next
+    step is on its way, and nothing is lost by looking at `finite` only now and then.
+    """
+
+    def __init__(self, model: nn.Module, learning_rate: float, weight_decay: float) -> None:
+        """Takes over the weights, which must already be on their device and in their memory format."""
+        weights = list(model.parameters())
+        self._optimizer = torch.optim.RMSprop(weights, lr=learning_rate, weight_decay=weight_decay)
+        averages = [torch.zeros_like(weight) for weight in weights]
+        self._buffers = in_one_buffer(weights), in_one_buffer(averages)
+        self._before = tuple(torch.empty_like(buffer) for buffer in self._buffers)
+        for weight, average in zip(weights, averages, strict=True):
+            self._optimizer.state[weight] = {"step": torch.zeros(()), "square_avg": average}
+
+    def state(self) -> dict[str, Tensor]:
+        """The running averages as a checkpoint holds them: "3.square_avg" is that of weight 3."""
+        return {f"{index}.square_avg": own["square_avg"] for index, own in enumerate(self._optimizer.state.values())}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Puts back what `state` gave."""
+        for name, average in self.state().items():
+            average.copy_(state[name])
+
+    def __call__(self, learning_rate: float) -> tuple[Tensor, Tensor]:
+        """Takes a step with the gradients that are there.
+
+        Returns:
+            The gradient's norm, and whether it is finite, without which nothing has changed; scalars on the device.
+        """
+        group = self._optimizer.param_groups[0]
+        norm = nn.utils.get_total_norm([w.grad for w in group["params"] if w.grad is not None])
+        finite = torch.isfinite(norm)
+        for before, buffer in zip(self._before, self._buffers, strict=True):
+            before.copy_(buffer)
+        group["lr"] = learning_rate
+        self._optimizer.step()
+        for before, buffer in zip(self._before, self._buffers, strict=True):
+            torch.where(finite, buffer, before, out=buffer)
+        return norm, finite

@@ -1,0 +1,102 @@
+"""How a device computes: by its own means, the same up to rounding."""
+
+import pytest
+import torch
+
+from sst import arithmetic
+from sst.arithmetic import autocast, has_bf16, laid_out, obstacle_to_compiling, uses_bf16
+from sst.group import Group
+from sst.training import Trainer
+from tests.small import SETTINGS, local_tools, train_locally, write_toy
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("able", [{}, {"avx512_bf16": True}, {"amx_bf16": True}, {"bf16": True}, {"avx512_f": True}])
+def test_auto_takes_bf16_only_where_the_processor_has_it(monkeypatch, able):
+    """Emulated, bf16 was measured eight times slower than float32."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    expected = any(name.endswith("bf16") for name in able)
+    assert has_bf16(CPU) == uses_bf16(CPU, "auto") == expected
+    assert uses_bf16(CPU, "bf16") and not uses_bf16(CPU, "float32")
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("bf16", torch.bfloat16), ("float32", torch.float32)])
+def test_convolutions_are_computed_as_told(precision, kind):
+    layer, x = torch.nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8)
+    with autocast(CPU, precision):
+        assert layer(x).dtype == kind
+    assert layer.weight.dtype == torch.float32
+
+
+def test_a_model_on_a_cpu_stays_as_it_is():
+    layer = torch.nn.Conv2d(3, 4, 3)
+    assert laid_out(layer, CPU) is layer and layer.weight.is_contiguous()
+
+
+def without_compiler(function):
+    def fails(*arguments):
+        raise RuntimeError("no C compiler\nwas found")
+
+    return fails
+
+
+def test_a_machine_that_cannot_compile_says_why(monkeypatch):
+    monkeypatch.setattr(torch, "compile", without_compiler)
+    assert obstacle_to_compiling(CPU) == "no C compiler was found"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    url = str(tmp_path_factory.mktemp("corpus"))
+    write_toy(url, train=24, test=8)
+    return url
+
+
+def with_compile(told: bool | None):
+    return SETTINGS.model_copy(update={"resources": SETTINGS.resources.model_copy(update={"compile": told})})
+
+
+def test_a_run_says_how_it_computes_and_refuses_to_compile_where_it_cannot(monkeypatch, corpus, tmp_path):
+    lines = []
+    train_locally(corpus, str(tmp_path / "run"), local_tools(lines), with_compile(None))
+    (said,) = (line for line in lines if line["kind"] == "arithmetic")
+    kind = "bf16" if has_bf16(CPU) else "float32"
+    assert said == {"kind": "arithmetic", "device": "cpu", "convolutions": kind, "compiled": False}
+    monkeypatch.setattr(torch, "compile", without_compiler)
+    with pytest.raises(RuntimeError, match="--resources.compile: .*no C compiler was found.*leave it out"):
+        train_locally(corpus, str(tmp_path / "other"), local_tools([]), with_compile(True))
+
+
+def test_a_gpu_that_cannot_compile_goes_on_without_and_says_so(monkeypatch, corpus, tmp_path):
+    monkeypatch.setattr(torch, "compile", without_compiler)
+    monkeypatch.setattr("sst.training.obstacle_to_compiling", lambda device: arithmetic.obstacle_to_compiling(CPU))
+    lines = []
+    asked = Trainer.__new__(Trainer)
+    asked.settings, asked.group, asked.tools = (
+        with_compile(None),
+        Group(device=torch.device("cuda")),
+        local_tools(lines),
+    )
+    monkeypatch.setattr("sst.training.uses_bf16", lambda device, precision: True)
+    assert asked._settle_compiling() is False
+    assert lines[0]["compiled"] is False and lines[0]["slower_since"] == "no C compiler was found"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(obstacle_to_compiling(CPU) is not None, reason="torch.compile needs a C compiler")
+def test_a_compiled_run_is_one_graph_a_model_and_begins_as_a_plain_one_does(corpus, tmp_path):
+    """Float32, through all phases, rounds and the change of stages. Sums are only taken in another order, but training
+    soon makes much of that; so losses are compared as long as little was trained."""
+    lines, network = {}, SETTINGS.network.model_copy(update={"depth": 1})
+    for told in (False, True):
+        resources = SETTINGS.resources.model_copy(update={"precision": "float32", "compile": told})
+        settings = SETTINGS.model_copy(update={"resources": resources, "network": network})
+        torch._dynamo.utils.counters.clear()
+        train_locally(corpus, str(tmp_path / str(told)), local_tools(lines.setdefault(told, [])), settings)
+    assert torch._dynamo.utils.counters["graph_break"] == {}
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 3
+    plain, compiled = ([line["loss"] for line in lines[told] if line["kind"] == "step"] for told in (False, True))
+    assert compiled[0] == pytest.approx(plain[0], rel=1e-4) and compiled[0] != plain[0]
+    assert len(compiled) == len(plain) and all(loss < 1.2 * plain[0] for loss in compiled)
+    assert any(line.get("compiled") for line in lines[True]) and not any(line.get("compiled") for line in lines[False])
