@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.cluster.vq import kmeans2  # type: ignore[import-untyped]
@@ -62,6 +63,33 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     parts = kmeans.fit(x, 6, seed=1)
     np.testing.assert_allclose(whole.centroids, parts.centroids, atol=1e-5)
     assert whole.counts.tolist() == parts.counts.tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 48, 49, 200])
+@pytest.mark.parametrize("clusters", [1, 2, 30, 300])
+def test_sums_equal_the_reference_whatever_fills_blocks_and_chunks(
+    rows: int, clusters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kmeans, "BLOCK", 16)
+    monkeypatch.setattr(kmeans, "CHUNK", 48)
+    rng = np.random.default_rng(rows)
+    x, centroids = (rng.integers(-9, 9, (count, 3)).astype(np.float32) for count in (rows, clusters))
+    distance = ((x[:, None] - centroids[None]) ** 2).sum(axis=2)  # exact, and many centroids are equally near
+    nearest = distance.argmin(axis=1)
+    expected = np.zeros((clusters, 3))
+    np.add.at(expected, nearest, x)
+    sums, counts, total = kmeans.nearest_sums(torch.from_numpy(x), torch.from_numpy(centroids))
+    np.testing.assert_array_equal(sums.numpy(), expected)
+    np.testing.assert_array_equal(counts.numpy(), np.bincount(nearest, minlength=clusters))
+    assert float(total) + kmeans.total_squares(torch.from_numpy(x)) == distance.min(axis=1).sum()
+
+
+def test_tolerance_is_a_share_of_the_mean_variance() -> None:
+    x = (np.random.default_rng(0).normal(size=(700, 4)) + 100).astype(np.float32)
+    start = x[:5]
+    shift = np.square(kmeans.fit(x, 5, start=start, iterations=1).centroids - start).sum() / x.var(axis=0).mean()
+    assert kmeans.fit(x, 5, start=start, tolerance=1.01 * shift).iterations == 1
+    assert kmeans.fit(x, 5, start=start, tolerance=0.99 * shift).iterations > 1
 
 
 def test_is_as_good_as_scipy_on_unstructured_rows() -> None:
