@@ -24,15 +24,15 @@ def main() -> None:
     side, ranges = settings.network.input_size, settings.stage1.augmentation
     batch, generator = random_batch(told.images, settings).to(device), torch.Generator(device).manual_seed(0)
     views = augment.warp_images(batch.images, batch.to_view, side)
-    ones = torch.ones(told.images, 1, 1, device=device)
+    ones, colours = torch.ones(told.images, device=device), augment.Colours.draw(told.images, ranges, generator)
     work = {
         "all": lambda: augment.augment(
             batch.images, batch.to_view, batch.points, batch.cluster, side, ranges, generator
         ),
         "warp": lambda: augment.warp_images(batch.images, batch.to_view, side),
-        "blur, contrast, noise, brightness, colour": lambda: augment.photometric(views, ranges, generator),
-        "of these, hue and saturation": lambda: augment.multiply_hue_saturation(views, ones, ones),
-        "of these, blur": lambda: augment.blur(views, ones[..., None]),
+        "blur, contrast, noise, brightness, colour": lambda: colours(views, generator),
+        "hue and saturation of all images": lambda: augment.multiply_hue_saturation(views, ones, ones),
+        "blur of all images": lambda: augment.blur(views, ones),
     }
     print(machine(), f"idle before: {100 * idle_share():.0f} %", f"{told.images} images of {side} px", sep="; ")
     rows = []

@@ -5,13 +5,15 @@ Source: Mallis et al. 2020, supplementary material (augmentation ranges).
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sst.geometry import STRIDE, sampling_grid, transform
+from sst.geometry import STRIDE, transform
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,10 @@ STRONGER = Augmentation(
     scale=(0.7, 1.3),
 )
 """The published augmentation of stage 2."""
+
+
+CACHED_PIXELS = 2**18
+"""Pixels of the views that are changed at once on a CPU: three float32 channels of them are 3 MB."""
 
 
 def _uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator, like: Tensor) -> Tensor:
@@ -96,14 +102,19 @@ def warp_images(image_BHW3: Tensor, matrix_B33: Tensor, size: int) -> Tensor:
         float32 (B, 3, S, S) in [0, 1].
     """
     height, width = image_BHW3.shape[1:3]
-    image_B3HW = image_BHW3.permute(0, 3, 1, 2).float() * (1 / 255)
-    axis = torch.arange(size, device=image_BHW3.device, dtype=torch.float32)
-    grid_y, grid_x = torch.meshgrid(axis, axis, indexing="ij")
-    grid_1P2 = torch.stack([grid_x, grid_y], -1).reshape(1, -1, 2)
+    image_B3HW = image_BHW3.permute(0, 3, 1, 2).float().mul_(1 / 255)
     # linalg.inv checks on the host; an affine 3x3 has a closed form without a synchronisation.
-    source_BP2 = transform(invert_affine(matrix_B33), grid_1P2.expand(len(image_BHW3), -1, -1))
-    normal_BP2 = sampling_grid(source_BP2, height, width)
-    return functional.grid_sample(image_B3HW, normal_BP2.view(-1, size, size, 2), mode="bilinear", align_corners=True)
+    source_B23 = invert_affine(matrix_B33)[:, :2]
+    axis = torch.arange(size, device=image_BHW3.device, dtype=torch.float32)
+    # The source of view pixel (x, y) is a sum of what x gives and what y gives; so no matrix product over all pixels.
+    by_x_B2S = source_B23[:, :, :1] * axis
+    by_y_B2S = source_B23[:, :, 1:2] * axis + source_B23[:, :, 2:]
+    grid_BSS2 = torch.empty(len(image_BHW3), size, size, 2, device=image_BHW3.device)
+    for i, length in enumerate((width, height)):
+        per_pixel = 2.0 / max(length - 1, 1)  # as in `sampling_grid`
+        by_x_BS, by_y_BS = by_x_B2S[:, i] * per_pixel, by_y_B2S[:, i] * per_pixel - 1.0
+        torch.add(by_x_BS[:, None, :], by_y_BS[:, :, None], out=grid_BSS2[..., i])
+    return functional.grid_sample(image_B3HW, grid_BSS2, mode="bilinear", align_corners=True)
 
 
 def invert_affine(matrix_B33: Tensor) -> Tensor:
@@ -142,63 +153,138 @@ def augment(
         Views (B, 3, S, S) in [0, 1]; points (B, N, 2) in heatmap units of the views; clusters (B, N), -1 where
         the point is padding or has left the view.
     """
-    affine = random_affine(len(image_BHW3), size, settings, generator)
-    views = photometric(warp_images(image_BHW3, affine @ to_view_B33, size), settings, generator)
+    count, device = len(image_BHW3), image_BHW3.device
+    affine = random_affine(count, size, settings, generator)
+    matrix_B33, colours = affine @ to_view_B33, Colours.draw(count, settings, generator)
+    # On a CPU a few images at a time, so that they are still in the cache when the next change comes.
+    step = max(1, CACHED_PIXELS // size**2) if device.type == "cpu" else count
+    views = torch.empty(count, 3, size, size, device=device)
+    for rows in (slice(first, first + step) for first in range(0, count, step)):
+        views[rows] = colours[rows](warp_images(image_BHW3[rows], matrix_B33[rows], size), generator)
     moved = transform(affine, points_BN2 * STRIDE) / STRIDE
     inside = ((moved > -0.5) & (moved < size // STRIDE - 0.5)).all(-1)
     return views, moved, torch.where(inside, cluster_BN, -1)
 
 
-def photometric(view_B3SS: Tensor, settings: Augmentation, generator: torch.Generator) -> Tensor:
-    """Blur, contrast, noise, brightness, hue and saturation; (B, 3, S, S) in [0, 1] to the same."""
-    count = len(view_B3SS)
+@dataclass(frozen=True)
+class Colours:
+    """What blur, contrast, noise, brightness, hue and saturation do to each image of a batch.
 
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return _uniform((count, *shape), low, high, generator, view_B3SS)
+    Attributes:
+        contrast_B111: factor about mid grey.
+        brightness_B311: factor of each channel.
+        blurred_B: bool; with `sigma_B` in pixels of the view.
+        noisy_B: bool; with `noise_B111`, the standard deviation.
+        recoloured_B: bool; with `hue_B` and `saturation_B`, factors.
+    """
 
-    def chosen(probability: float) -> Tensor:
-        return uniform(0.0, 1.0, 1, 1, 1) < probability
+    contrast_B111: Tensor
+    brightness_B311: Tensor
+    blurred_B: Tensor
+    sigma_B: Tensor
+    noisy_B: Tensor
+    noise_B111: Tensor
+    recoloured_B: Tensor
+    hue_B: Tensor
+    saturation_B: Tensor
 
-    sigma = torch.where(chosen(settings.blur_probability), uniform(0, settings.blur_sigma, 1, 1, 1), 0.0)
-    x = blur(view_B3SS, sigma)
-    x = (x - 0.5) * uniform(*settings.contrast, 1, 1, 1) + 0.5
-    noise = torch.where(chosen(settings.noise_probability), uniform(0, settings.noise, 1, 1, 1), 0.0)
-    x = x + noise * torch.randn(x.shape, generator=generator, device=x.device)
-    factor_B3 = uniform(*settings.brightness, 3, 1, 1)
-    x = x * torch.where(chosen(settings.brightness_per_channel), factor_B3, factor_B3[:, :1])
-    x = x.clamp(0.0, 1.0)
-    recoloured = multiply_hue_saturation(x, uniform(*settings.colour, 1, 1), uniform(*settings.colour, 1, 1))
-    return torch.where(chosen(settings.colour_probability), recoloured, x)
+    @classmethod
+    def draw(cls, count: int, settings: Augmentation, generator: torch.Generator) -> Self:
+        """Random ones for so many images, on the generator's device."""
+        like = torch.empty(0, device=generator.device)
+
+        def uniform(low: float, high: float, *shape: int) -> Tensor:
+            return _uniform((count, *shape), low, high, generator, like)
+
+        def chosen(probability: float) -> Tensor:
+            return uniform(0.0, 1.0) < probability
+
+        brightness_B311 = uniform(*settings.brightness, 3, 1, 1)
+        per_channel_B111 = chosen(settings.brightness_per_channel)[:, None, None, None]
+        return cls(
+            contrast_B111=uniform(*settings.contrast, 1, 1, 1),
+            brightness_B311=torch.where(per_channel_B111, brightness_B311, brightness_B311[:, :1]),
+            blurred_B=chosen(settings.blur_probability),
+            sigma_B=uniform(0, settings.blur_sigma),
+            noisy_B=chosen(settings.noise_probability),
+            noise_B111=uniform(0, settings.noise, 1, 1, 1),
+            recoloured_B=chosen(settings.colour_probability),
+            hue_B=uniform(*settings.colour),
+            saturation_B=uniform(*settings.colour),
+        )
+
+    def __getitem__(self, rows: slice) -> "Colours":
+        """Those of some of the images."""
+        return Colours(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def __call__(self, view_B3SS: Tensor, generator: torch.Generator) -> Tensor:
+        """Changes the images, (B, 3, S, S) in [0, 1] to the same; the noise itself comes from the generator.
+
+        The order is blur, contrast, noise, brightness, colour. Contrast and brightness are one pass here, which changes
+        nothing: blur commutes with it, and the noise gets its brightness by itself.
+        """
+
+        def add_noise(rows: Tensor, deviation_N311: Tensor) -> Tensor:
+            return torch.randn(rows.shape, generator=generator, device=rows.device).mul_(deviation_N311).add_(rows)
+
+        grey_B311 = 0.5 * (1 - self.contrast_B111) * self.brightness_B311
+        x = torch.addcmul(grey_B311, view_B3SS, self.contrast_B111 * self.brightness_B311)
+        x = _change_some(x, self.blurred_B, blur, self.sigma_B)
+        x = _change_some(x, self.noisy_B, add_noise, self.noise_B111 * self.brightness_B311).clamp_(0.0, 1.0)
+        return _change_some(x, self.recoloured_B, multiply_hue_saturation, self.hue_B, self.saturation_B)
 
 
-def blur(x_B3SS: Tensor, sigma_B111: Tensor) -> Tensor:
+def free_to_look(device: torch.device) -> bool:
+    """Whether the host may ask for values on the device; where it is a GPU it would wait for all that came before."""
+    return device.type == "cpu"
+
+
+def _change_some(x_B3SS: Tensor, chosen_B: Tensor, change: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
+    """Changes the chosen images, in place where it can; `change` takes images and their rows of the parameters.
+
+    All are changed, and the chosen ones taken, where asking for their number would make the host wait.
+    """
+    if not free_to_look(x_B3SS.device):
+        return torch.where(chosen_B[:, None, None, None], change(x_B3SS, *parameters), x_B3SS)
+    rows = chosen_B.nonzero()[:, 0]
+    return x_B3SS.index_copy_(0, rows, change(x_B3SS[rows], *(each[rows] for each in parameters)))
+
+
+def blur(x_B3SS: Tensor, sigma_B: Tensor) -> Tensor:
     """Gaussian blur, 5 taps each way (ample for the published sigma of at most 0.5)."""
-    offset = torch.arange(-2, 3, device=x_B3SS.device, dtype=torch.float32)
-    weight_B5 = torch.exp(-0.5 * (offset / sigma_B111.reshape(-1, 1).clamp_min(1e-3)) ** 2)
-    weight_B5 = weight_B5 / weight_B5.sum(1, keepdim=True)
-    count, channels, height, width = x_B3SS.shape
-    kernel = weight_B5.repeat_interleave(channels, 0)
-    x = functional.pad(x_B3SS, (2, 2, 2, 2), mode="replicate").reshape(1, -1, height + 4, width + 4)
-    x = functional.conv2d(x, kernel[:, None, :, None], groups=count * channels)
-    x = functional.conv2d(x, kernel[:, None, None, :], groups=count * channels)
-    return x.reshape(count, channels, height, width)
+    height, width = x_B3SS.shape[-2:]
+    offset = torch.arange(3, device=x_B3SS.device, dtype=torch.float32)
+    weight_B3 = torch.exp(-0.5 * (offset / sigma_B[:, None].clamp_min(1e-3)) ** 2)
+    weight_B3 = weight_B3 / (2 * weight_B3.sum(1, keepdim=True) - weight_B3[:, :1])
+    middle, near, far = weight_B3[:, :, None, None, None].unbind(1)
+    x = functional.pad(x_B3SS, (2, 2, 2, 2), mode="replicate")
+    for axis, length in ((-2, height), (-1, width)):
+        taps = [x.narrow(axis, start, length) for start in range(5)]
+        x = (taps[2] * middle).addcmul_(taps[1] + taps[3], near).addcmul_(taps[0] + taps[4], far)
+    return x
 
 
-def multiply_hue_saturation(x_B3SS: Tensor, hue_B11: Tensor, saturation_B11: Tensor) -> Tensor:
-    """Multiplies hue (modulo one turn) and saturation in HSV; RGB in [0, 1] to the same."""
+def multiply_hue_saturation(x_B3SS: Tensor, hue_B: Tensor, saturation_B: Tensor) -> Tensor:
+    """Multiplies hue (modulo one turn) and saturation in HSV; RGB in [0, 1] to the same.
+
+    Without a choice between cases, which is what is slow: channels are sorted by minima and maxima, and masks are
+    numbers.
+    """
     red, green, blue = x_B3SS.unbind(1)
-    value = x_B3SS.amax(1)
-    span = value - x_B3SS.amin(1)
-    safe = span.clamp_min(1e-6)
-    hue = torch.where(
-        value == red,
-        (green - blue) / safe,
-        torch.where(value == green, 2.0 + (blue - red) / safe, 4.0 + (red - green) / safe),
-    )
-    hue = ((hue / 6.0) % 1.0 * hue_B11) % 1.0 * 6.0
-    saturation = (span / value.clamp_min(1e-6) * saturation_B11).clamp(0.0, 1.0)
-    channels = []
-    for shift in (5.0, 3.0, 1.0):
-        k = (shift + hue) % 6.0
-        channels.append(value - value * saturation * torch.minimum(k, 4.0 - k).clamp(0.0, 1.0))
-    return torch.stack(channels, 1)
+    high, low = torch.maximum(green, blue), torch.minimum(green, blue)
+    blue_leads, red_trails = (green < blue).float(), (red < high).float()
+    value, second = torch.maximum(red, high), torch.minimum(red, high)
+    span = value - torch.minimum(second, low)
+    # In turns. Where red is largest the hue is near 0, or 1 if blue is second; else it lies about a third.
+    hue = second.sub_(low).div_(6.0 * span.clamp_min(1e-6))
+    hue.sub_(blue_leads).addcmul_(red_trails, blue_leads.mul_(2.0).sub_(1 / 3)).abs_()
+    hue.mul_(hue_B[:, None, None])
+    hue.sub_(hue.floor()).mul_(6.0)
+    # What saturation takes from the largest channel: span / value times the factor, at most all.
+    taken = torch.minimum(span.mul_(saturation_B[:, None, None]), value)
+    result = torch.empty_like(x_B3SS)
+    # Nothing is taken from a channel within a sixth of a turn of its own hue, all from two sixths on.
+    taken_by = ((hue - 3.0).abs_().sub_(2.0), (hue - 2.0).abs_().sub_(1.0).neg_(), (hue - 4.0).abs_().sub_(1.0).neg_())
+    for channel, share in enumerate(taken_by):
+        torch.addcmul(value, taken, share.clamp_(-1.0, 0.0), out=result[:, channel])
+    return result

@@ -57,7 +57,8 @@ def test_the_counter_sees_what_waits() -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_step_never_waits_for_the_device(stage: int) -> None:
+def test_a_step_never_waits_for_the_device(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sst.augment.free_to_look", lambda device: False)  # as on a GPU
     torch.manual_seed(0)
     model = DetectorDescriptor(SETTINGS.network.shape)
     batch, generator = random_batch(4, SETTINGS), torch.Generator().manual_seed(0)

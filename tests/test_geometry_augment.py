@@ -7,10 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sst.augment import Augmentation, augment, invert_affine, photometric, random_affine, warp_images
+from sst.augment import Augmentation, Colours, augment, invert_affine, random_affine, warp_images
 from sst.geometry import STRIDE, box_to_view, resize_matrix, transform, transform_points
 
 SIZE = 64
+
+
+def photometric(x, settings, generator):
+    return Colours.draw(len(x), settings, generator)(x, generator)
 
 
 def blobs(points_N2: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -118,6 +122,59 @@ def test_photometric_hue_and_saturation_equal_kornia():
     hsv = kornia.color.rgb_to_hsv(x)
     hsv = torch.stack([hsv[:, 0] * 0.6, (hsv[:, 1] * 0.6).clamp(0, 1), hsv[:, 2]], 1)
     torch.testing.assert_close(ours, kornia.color.hsv_to_rgb(hsv), atol=1e-3, rtol=0)
+
+
+def drawn(count: int, seed: int, **ranges) -> Colours:
+    return Colours.draw(count, Augmentation(**ranges), torch.Generator().manual_seed(seed))
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_colours_are_changed_in_the_published_order(seed):
+    """Against the same, image by image in float64: blur (kornia's), contrast, brightness, then hue and saturation."""
+    x, colours = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)), drawn(4, seed, noise=0.0)
+    for number, image in enumerate(x.double()[:, None]):
+        if colours.blurred_B[number]:
+            sigma = float(colours.sigma_B[number].clamp_min(1e-3))
+            image = kornia.filters.gaussian_blur2d(image, (5, 5), (sigma, sigma), border_type="replicate")
+        image = (image - 0.5) * float(colours.contrast_B111[number]) + 0.5
+        image = (image * colours.brightness_B311[number]).clamp(0, 1)
+        if colours.recoloured_B[number]:
+            hue, saturation, value = kornia.color.rgb_to_hsv(image)[0]
+            hue = hue * float(colours.hue_B[number]) % (2 * np.pi)
+            saturation = (saturation * float(colours.saturation_B[number])).clamp(0, 1)
+            image = kornia.color.hsv_to_rgb(torch.stack([hue, saturation, value])[None])
+        ours = colours[number : number + 1](x[number : number + 1], torch.Generator())
+        torch.testing.assert_close(ours.double(), image, atol=1e-4, rtol=0)
+
+
+def test_noise_has_its_deviation_in_the_noisy_images_and_their_brightness():
+    plain = {"blur_probability": 0, "colour_probability": 0, "contrast": (1, 1)}
+    colours = drawn(40, 0, noise_probability=0.5, noise=0.05, **plain)
+    changed = colours(torch.full((40, 3, 64, 64), 0.5), torch.Generator().manual_seed(1))
+    deviation = changed.std((-2, -1))
+    expected = (colours.noisy_B[:, None] * colours.noise_B111[:, :, 0, 0]) * colours.brightness_B311[..., 0, 0]
+    assert 10 < int(colours.noisy_B.sum()) < 30
+    torch.testing.assert_close(deviation, expected, atol=2e-3, rtol=0.05)
+    torch.testing.assert_close(changed.mean((-2, -1)), 0.5 * colours.brightness_B311[..., 0, 0], atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("noise_probability", [0.0, 1.0])
+def test_a_gpu_changes_the_same_images_without_asking_which(monkeypatch, noise_probability):
+    """The path that never asks the device is taken here on the CPU, where all else is equal."""
+    x, colours = torch.rand(12, 3, 16, 16), drawn(12, 5, noise_probability=noise_probability)
+    asking = colours(x, torch.Generator().manual_seed(1))
+    monkeypatch.setattr("sst.augment.free_to_look", lambda device: False)
+    assert torch.equal(colours(x, torch.Generator().manual_seed(1)), asking)
+
+
+@pytest.mark.parametrize("pixels", [1, 3 * SIZE**2, 2**30])
+def test_views_do_not_depend_on_how_many_are_made_at_once(monkeypatch, pixels):
+    told = Augmentation(noise=0.0)
+    stored = torch.randint(0, 256, (7, 40, 50, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    arguments = torch.eye(3).expand(7, 3, 3), torch.rand(7, 2, 2) * 15, torch.zeros(7, 2, dtype=torch.int64), SIZE, told
+    at_once = augment(stored, *arguments, torch.Generator().manual_seed(2))
+    monkeypatch.setattr("sst.augment.CACHED_PIXELS", pixels)
+    assert all(map(torch.equal, augment(stored, *arguments, torch.Generator().manual_seed(2)), at_once))
 
 
 def test_photometric_is_a_function_of_the_generator():
