@@ -9,8 +9,10 @@ import argparse
 import statistics
 
 import torch
+from torch import nn
 
 from benchmarks.common import device_of_run, idle_share, machine, print_table, settings_of, summed_up, wall_seconds
+from sst.arithmetic import laid_out
 from sst.batch import describe, keypoint_maps, random_batch
 from sst.losses import sample_descriptors
 from sst.network import DetectorDescriptor
@@ -28,16 +30,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("full", "cpu"), default="full" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--images", type=int, default=64, help="of a batch")
-    parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16")
-    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto")
+    parser.add_argument("--compiled", action="store_true", help="by torch.compile, as training does it on GPUs")
     parser.add_argument("--repeats", type=int, default=10)
     told = parser.parse_args()
     device, settings = device_of_run(), settings_of(told.size)
     side, images = settings.network.input_size, told.images
     torch.manual_seed(0)
-    model = DetectorDescriptor(settings.network.shape).to(device).eval()
-    if told.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+    model: nn.Module = laid_out(DetectorDescriptor(settings.network.shape), device).eval()
+    if told.compiled:
+        model = torch.compile(model)
     batch = random_batch(images, settings).to(device)
     labels = torch.rand(images, POINTS, 2, device=device) * (side // 4 - 1)
     with torch.inference_mode():

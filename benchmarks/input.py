@@ -1,9 +1,13 @@
 """What does a training example cost before the network? `python -m benchmarks.input`.
 
 Core milliseconds for a pair of stage 1 at full size, all threads together: decoding and collating two images (ours
-decodes one for each pair, since a pair's second image is another one of the batch), random views with their targets,
-and the same by a straightforward rendition of the published pipeline, in turns.
+decodes one for each pair, since a pair's second image is another one of the batch), random views with their targets
+and which points make pairs, and the same by a straightforward rendition of the published pipeline, in turns. The
+host's part of views made on a GPU is seen with images of 8 px: what is left is asking for each operation. Each image
+has so many points, of different clusters, drawn out of 100 for each image; half of the pairs are of one image.
 """
+
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -13,14 +17,18 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import core_seconds, machine, summed_up
-from benchmarks.published import stage1_pair
+from benchmarks.common import core_seconds, idle_share, machine, summed_up
+from benchmarks.published import pair_table, stage1_pair
+from sst import augment as augment_module
 from sst.augment import Augmentation, augment
 from sst.batch import Batch
 from sst.data import collate, decode_to_view
-from sst.losses import detector_target
+from sst.losses import detector_target, pair_masks
 from sst.shards import RawSample, SampleMeta
 from sst.toy import draw
+
+CLUSTERS = 100
+"""K of the published runs on faces."""
 
 
 def samples(count: int, side: int, points: int) -> tuple[list[RawSample], np.ndarray]:
@@ -47,14 +55,15 @@ def main(pairs: int = 16, side: int = 256, points: int = 40, repeats: int = 7) -
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     stored, places = samples(pairs, side, points)
-    cluster = [np.arange(points, dtype=np.int16)] * pairs
-    told, generator, rng = Augmentation(), torch.Generator().manual_seed(0), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
+    cluster = [rng.permutation(CLUSTERS)[:points].astype(np.int16) for _ in range(pairs)]
+    told, generator = Augmentation(), torch.Generator().manual_seed(0)
 
     def load() -> Batch:
         return collate([decode_to_view(s, side) for s in stored], list(places), cluster, [s.key for s in stored])
 
-    def views(batch: Batch) -> None:
-        chosen = torch.cat([torch.arange(pairs), torch.randperm(pairs)])
+    def views(batch: Batch, side: int) -> None:
+        chosen = torch.cat([torch.arange(pairs), partner])
         _, moved, own = augment(
             batch.images[chosen],
             batch.to_view[chosen],
@@ -65,32 +74,55 @@ def main(pairs: int = 16, side: int = 256, points: int = 40, repeats: int = 7) -
             generator,
         )
         detector_target(moved, own, side // 4, side // 4)
+        pair_masks(own[:pairs], own[pairs:])
 
-    as_pixels = [[(4 * float(x), 4 * float(y)) for x, y in own] for own in places]
+    partner = torch.where(torch.arange(pairs) % 2 == 0, torch.arange(pairs), (torch.arange(pairs) + 1) % pairs)
+    labelled = [np.column_stack([4 * own, which]) for own, which in zip(places, cluster, strict=True)]
 
     def rendition() -> None:
-        for number in range(pairs):
-            other = (number + 1) % pairs
+        for number, other in enumerate(partner.tolist()):
             jpegs = stored[number].jpeg, stored[other].jpeg
-            stage1_pair(jpegs, (as_pixels[number], as_pixels[other]), side, told, rng)
+            stage1_pair(jpegs, (labelled[number], labelled[other]), side, told, rng)
+
+    def only_pairs() -> None:
+        for number, other in enumerate(partner.tolist()):
+            pair_table(*(labelled[each] / (4, 4, 1) for each in (number, other)), side // 4)
+
+    def asking() -> None:
+        free, augment_module.free_to_look = augment_module.free_to_look, lambda device: False
+        views(tiny, 8)
+        augment_module.free_to_look = free
 
     batch = load()
-    loading, viewing, published = (core_seconds(work, repeats) for work in (load, lambda: views(batch), rendition))
+    tiny = replace(batch, images=batch.images[:, :8, :8].contiguous(), points=batch.points / (side / 8))
+    work = (load, lambda: views(batch, side), asking, rendition, only_pairs)
+    rounds = [[core_seconds(each, 1, warm_up=0)[0] for each in work] for _ in range(1 + repeats)][1:]
+    loading, viewing, launching, published, pairing = (list(column) for column in zip(*rounds, strict=True))
     whole = [a + b for a, b in zip(loading, viewing, strict=True)]
+    host = [a + b for a, b in zip(loading, launching, strict=True)]
     rows = {
         "ours: decode and collate two images": [2 * seconds for seconds in loading],
         "ours: decode and collate what a pair needs": loading,
-        "ours: two views and targets, by torch on the CPU": viewing,
+        "ours: two views, targets and pairs, by torch on the CPU": viewing,
         "ours, all": whole,
+        "the host's part of views on a GPU": launching,
+        "ours with a GPU, all of the host": host,
         "published, straightforward": published,
+        "of it the table of pairs": pairing,
     }
     console = Console(width=120)
-    console.print(machine())
+    console.print(machine(), f"idle before: {100 * idle_share():.0f} %")
     table = Table("one thread", "core ms per pair")
     for name, seconds in rows.items():
         table.add_row(name, summed_up([1e3 * each / pairs for each in seconds]))
-    table.add_row("ratio, with views on the CPU", summed_up([b / a for a, b in zip(whole, published, strict=True)]))
-    table.add_row("ratio, with views on a GPU", summed_up([b / a for a, b in zip(loading, published, strict=True)]))
+    images_only = [a - b for a, b in zip(published, pairing, strict=True)]
+    for name, theirs, own in (
+        ("ratio, with views on the CPU", published, whole),
+        ("the same without the table of pairs", images_only, whole),
+        ("ratio, with views on a GPU", published, host),
+        ("the same without the table of pairs ", images_only, host),
+    ):
+        table.add_row(name, summed_up([b / a for a, b in zip(own, theirs, strict=True)]))
     console.print(table)
 
 

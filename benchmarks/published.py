@@ -1,14 +1,19 @@
 """A straightforward rendition of the published input pipeline: sample by sample, on the CPU, by OpenCV and NumPy.
 
-Written from the method's description (Mallis et al. 2020, supplementary material): decode, resize, blur, contrast,
-noise, brightness, hue and saturation, one warp of image and points, and the targets drawn point by point.
-`benchmarks.input` compares it with ours.
+Written from the method's description (Mallis et al. 2020, supplementary material) and from what the published training
+takes for an example: two views (decode, resize, blur, contrast, noise, brightness, hue and saturation, one warp of
+image and points), a target of each, for which every point is drawn on a map of its own, and a table of the pairs of
+points between the views whose clusters occur in both, gathered point by point. `benchmarks.input` compares it with
+ours.
 """
 
 import cv2
 import numpy as np
 
 from sst.augment import Augmentation
+
+MOST_PAIRS = 3_000
+"""Rows of the table of pairs."""
 
 
 def view(jpeg: bytes, size: int) -> np.ndarray:
@@ -18,9 +23,9 @@ def view(jpeg: bytes, size: int) -> np.ndarray:
 
 
 def augmented(
-    image: np.ndarray, points: list[tuple[float, float]], told: Augmentation, rng: np.random.Generator
-) -> tuple[np.ndarray, list[tuple[float, float]]]:
-    """One random view of an image and its points, in pixels."""
+    image: np.ndarray, points_N3: np.ndarray, told: Augmentation, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """One random view of an image and its points (x, y, cluster), in pixels."""
     size = image.shape[0]
     if rng.random() < told.blur_probability:
         image = cv2.GaussianBlur(image, (5, 5), max(1e-3, rng.uniform(0, told.blur_sigma)))
@@ -40,32 +45,47 @@ def augmented(
     linear = turn * rng.uniform(*told.scale, 2)
     centre = np.full(2, (size - 1) / 2)
     shift = centre + rng.uniform(-told.shift, told.shift, 2) * size - linear @ centre
-    moved = []
-    for x, y in points:
-        x, y = linear @ (x, y) + shift
-        if 0 <= x < size and 0 <= y < size:
-            moved.append((x, y))
+    moved = np.column_stack([points_N3[:, :2] @ linear.T + shift, points_N3[:, 2:]])
     return cv2.warpAffine(image, np.column_stack([linear, shift]), (size, size)), moved
 
 
-def cell_target(points: list[tuple[float, float]], size: int) -> np.ndarray:
-    """1 in the cell of every point."""
-    target = np.zeros((size // 4, size // 4), np.float32)
-    for x, y in points:
-        target[min(size // 4 - 1, round(y / 4)), min(size // 4 - 1, round(x / 4))] = 1
-    return target
+def drawn_target(points_N3: np.ndarray, side: int) -> np.ndarray:
+    """1 in the cell of every point (heatmap units): the largest of as many maps as there are points."""
+    maps = np.zeros((len(points_N3), side, side), np.float32)
+    for own, (x, y, _) in zip(maps, points_N3, strict=True):
+        if 0 <= x < side and 0 <= y < side:
+            own[int(y), int(x)] = 1
+    return maps.max(axis=0)
+
+
+def pair_table(first_N3: np.ndarray, second_M3: np.ndarray, side: int) -> np.ndarray:
+    """The pairs of points (x1, y1, x2, y2, 1 for the same cluster) inside both heatmaps; unused rows are -1."""
+    table, count = -np.ones((MOST_PAIRS, 5)), 0
+
+    def inside(point: np.ndarray) -> bool:
+        return not ((point < 0).any() or (point > side - 1).any())
+
+    for same in (True, False):
+        for one in first_N3:
+            if one[2] not in second_M3[:, 2]:
+                continue
+            for other in second_M3[(second_M3[:, 2] == one[2]) == same]:
+                shared = other[2] in first_N3[:, 2]
+                if shared and inside(one[:2]) and inside(other[:2]) and count < MOST_PAIRS:
+                    table[count] = *one[:2], *other[:2], same
+                    count += 1
+    return table
 
 
 def stage1_pair(
     jpegs: tuple[bytes, bytes],
-    points: tuple[list[tuple[float, float]], list[tuple[float, float]]],
+    points: tuple[np.ndarray, np.ndarray],
     size: int,
     told: Augmentation,
     rng: np.random.Generator,
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """A training example of stage 1: two views with their targets."""
-    pair = []
-    for jpeg, own in zip(jpegs, points, strict=True):
-        image, moved = augmented(view(jpeg, size), own, told, rng)
-        pair.append((np.ascontiguousarray(image.transpose(2, 0, 1)), cell_target(moved, size)))
-    return pair
+) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
+    """A training example of stage 1: two views, their targets, and the table of pairs; points (x, y, cluster)."""
+    seen = [augmented(view(jpeg, size), own, told, rng) for jpeg, own in zip(jpegs, points, strict=True)]
+    cells = [np.column_stack([np.round(moved[:, :2] / 4), moved[:, 2]]) for _, moved in seen]
+    views = [np.ascontiguousarray(image.transpose(2, 0, 1)) for image, _ in seen]
+    return views, [drawn_target(own, size // 4) for own in cells], pair_table(*cells, size // 4)

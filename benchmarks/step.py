@@ -1,9 +1,9 @@
 """How fast is a training step, and what does each way of computing it give? `python -m benchmarks.step`.
 
 Steps of both stages on random images: augmentation, network, losses, gradients, optimizer. Variants take turns: float32
-and bf16, contiguous and channels-last, with and without torch.compile. The share of the peak is that of the largest
-matrix product measured in the same run. At full size it also says how long the published schedule's steps would take.
-Needs torch and numpy alone.
+and bf16 (left out where it is emulated, unless asked for), contiguous and channels-last, with and without
+torch.compile. The share of the peak is that of the largest matrix product measured in the same run. At full size it
+also says how long the published schedule's steps would take. Needs torch and numpy alone.
 """
 
 import argparse
@@ -27,8 +27,10 @@ from benchmarks.common import (
     synchronise,
     wall_seconds,
 )
+from sst.arithmetic import has_bf16
 from sst.batch import random_batch, stage1_losses, stage2_losses
 from sst.network import DetectorDescriptor, LandmarkDetector
+from sst.update import Update
 
 FULL_FLOP = 62e9
 """Of a training step for an image at full size: three times those of a forward pass."""
@@ -51,13 +53,18 @@ class Variant:
         return " ".join([self.precision, *extras])
 
 
-VARIANTS = [
-    Variant("float32"),
-    Variant("bf16"),
-    Variant("float32", channels_last=True),
-    Variant("bf16", channels_last=True),
-    Variant("bf16", channels_last=True, compiled=True),
-]
+PLAIN = Variant("float32")
+"""What the others are compared with."""
+
+
+def variants_of(device: torch.device, compiled: bool, emulated: bool) -> list[Variant]:
+    """The one that training takes on the device is last."""
+    precisions: list[Literal["float32", "bf16"]] = ["float32", "bf16"] if emulated or has_bf16(device) else ["float32"]
+    found = [Variant(each, channels_last) for channels_last in (False, True) for each in precisions]
+    if compiled:
+        found += [Variant(precisions[-1], channels_last, True) for channels_last in (False, True)]
+    taken = Variant(precisions[-1], device.type == "cuda", compiled)
+    return [each for each in found if each != taken] + [taken]
 
 
 def matrix_peak(precision: str) -> float:
@@ -71,6 +78,7 @@ def matrix_peak(precision: str) -> float:
 def stepper(stage: int, variant: Variant, size: Size, images: int | None = None) -> Callable[[], torch.Tensor]:
     """A function that takes one step and gives its loss."""
     device, settings = device_of_run(), settings_of(size, variant.precision)
+    torch.backends.cudnn.benchmark = True  # as in training
     torch.manual_seed(0)
     first = DetectorDescriptor(settings.network.shape)
     model: nn.Module = first if stage == 1 else LandmarkDetector.from_stage1(first, settings.cluster.clusters)
@@ -81,16 +89,16 @@ def stepper(stage: int, variant: Variant, size: Size, images: int | None = None)
     batch = random_batch(images or batch_of(stage, size), settings).to(device)
     generator = torch.Generator(device).manual_seed(0)
     active = torch.ones(settings.cluster.clusters, dtype=torch.bool, device=device)
-    optimizer = torch.optim.RMSprop(model.parameters(), lr=5e-4, weight_decay=1e-5)
+    update = Update(model, learning_rate=5e-4, weight_decay=1e-5)
 
     def step() -> torch.Tensor:
-        optimizer.zero_grad()
+        model.zero_grad()
         if stage == 1:
             loss = stage1_losses(used, batch, settings, generator)["loss"]
         else:
             loss = stage2_losses(used, batch, active, settings, generator)["loss"]
         loss.backward()
-        optimizer.step()
+        update(5e-4)
         return loss.detach()
 
     return step
@@ -133,7 +141,7 @@ def compare(
     for variant, seconds in taken.items():
         rate = images / statistics.median(seconds)
         share = f"{100 * rate * FULL_FLOP / peaks[variant.precision]:.0f} %" if size == "full" else "-"
-        ratios = [a / b for a, b in zip(taken[variants[0]], seconds, strict=True)]
+        ratios = [a / b for a, b in zip(taken[PLAIN], seconds, strict=True)]
         milliseconds = summed_up([1e3 * each for each in seconds])
         rows.append((str(variant), milliseconds, f"{rate:.0f}", share, memory[variant], summed_up(ratios)))
     print(f"\nstage {stage}, {images} images a step")
@@ -141,9 +149,9 @@ def compare(
     return min(statistics.median(seconds) for seconds in taken.values())
 
 
-def loss_gaps(stage: int, size: Size, steps: int) -> list[float]:
-    """How far the fast way's loss is from float32's over so many steps of training, as a share of it."""
-    plain, fast = (stepper(stage, variant, size) for variant in (VARIANTS[0], VARIANTS[3]))
+def loss_gaps(stage: int, variant: Variant, size: Size, steps: int) -> list[float]:
+    """How far the loss is from the plain way's over so many steps of training, as a share of it."""
+    plain, fast = (stepper(stage, each, size) for each in (PLAIN, variant))
     return [abs(float(fast()) - value) / value for value in (float(plain()) for _ in range(steps))]
 
 
@@ -155,19 +163,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="of a repeat")
     parser.add_argument("--repeats", type=int, default=5, help="of each variant, in turns")
     parser.add_argument("--losses", type=int, default=0, help="steps over which the loss is compared with float32's")
-    parser.add_argument("--compiled", action="store_true", help="try torch.compile, which takes minutes on a CPU")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile too, which takes minutes on a CPU")
+    parser.add_argument("--emulated", action="store_true", help="bf16 also where the device only emulates it")
     told = parser.parse_args()
     print(machine(), f"idle before: {100 * idle_share():.0f} %", f"size {told.size}", sep="; ")
-    peaks = {precision: matrix_peak(precision) for precision in ("float32", "bf16")}
+    variants = variants_of(device_of_run(), told.compiled, told.emulated)
+    peaks = {precision: matrix_peak(precision) for precision in sorted({variant.precision for variant in variants})}
     print(*(f"matrix peak {name}: {peak / 1e12:.2f} TFLOP/s" for name, peak in peaks.items()), sep="; ")
-    variants = [variant for variant in VARIANTS if told.compiled or not variant.compiled]
     best = {stage: compare(stage, told.size, variants, told.steps, told.repeats, peaks) for stage in told.stages}
     if told.size == "full" and set(best) == {1, 2}:
         minutes = sum(seconds * PUBLISHED_STEPS[stage] for stage, seconds in best.items()) / 60
         print(f"\nsteps of the published schedule, without its rounds: {minutes:.0f} minutes")
     for stage in told.stages if told.losses else ():
-        gaps = summed_up(loss_gaps(stage, told.size, told.losses))
-        print(f"stage {stage}: {VARIANTS[3]} against float32 over {told.losses} steps: loss differs by {gaps} of it")
+        gaps = summed_up(loss_gaps(stage, variants[-1], told.size, told.losses))
+        print(f"stage {stage}: {variants[-1]} against {PLAIN} over {told.losses} steps: loss differs by {gaps} of it")
 
 
 if __name__ == "__main__":

@@ -223,14 +223,10 @@ class Colours:
         The order is blur, contrast, noise, brightness, colour. Contrast and brightness are one pass here, which changes
         nothing: blur commutes with it, and the noise gets its brightness by itself.
         """
-
-        def add_noise(rows: Tensor, deviation_N311: Tensor) -> Tensor:
-            return torch.randn(rows.shape, generator=generator, device=rows.device).mul_(deviation_N311).add_(rows)
-
         grey_B311 = 0.5 * (1 - self.contrast_B111) * self.brightness_B311
         x = torch.addcmul(grey_B311, view_B3SS, self.contrast_B111 * self.brightness_B311)
         x = _change_some(x, self.blurred_B, blur, self.sigma_B)
-        x = _change_some(x, self.noisy_B, add_noise, self.noise_B111 * self.brightness_B311).clamp_(0.0, 1.0)
+        x = _add_noise(x, self.noisy_B, self.noise_B111 * self.brightness_B311, generator).clamp_(0.0, 1.0)
         return _change_some(x, self.recoloured_B, multiply_hue_saturation, self.hue_B, self.saturation_B)
 
 
@@ -248,6 +244,16 @@ def _change_some(x_B3SS: Tensor, chosen_B: Tensor, change: Callable[..., Tensor]
         return torch.where(chosen_B[:, None, None, None], change(x_B3SS, *parameters), x_B3SS)
     rows = chosen_B.nonzero()[:, 0]
     return x_B3SS.index_copy_(0, rows, change(x_B3SS[rows], *(each[rows] for each in parameters)))
+
+
+def _add_noise(x_B3SS: Tensor, chosen_B: Tensor, deviation_B311: Tensor, generator: torch.Generator) -> Tensor:
+    """Adds Gaussian noise to the chosen images, in place; see `_change_some`."""
+    if not free_to_look(x_B3SS.device):
+        noise = torch.randn(x_B3SS.shape, generator=generator, device=x_B3SS.device)
+        return x_B3SS.addcmul_(noise, deviation_B311 * chosen_B[:, None, None, None])
+    rows = chosen_B.nonzero()[:, 0]
+    noise = torch.randn(len(rows), *x_B3SS.shape[1:], generator=generator)
+    return x_B3SS.index_add_(0, rows, noise.mul_(deviation_B311[rows]))
 
 
 def blur(x_B3SS: Tensor, sigma_B: Tensor) -> Tensor:

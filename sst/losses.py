@@ -57,6 +57,20 @@ def detector_loss(
     return functional.mse_loss(heat_B1HW.float(), target)
 
 
+def pair_masks(first_cluster_BN: Tensor, second_cluster_BM: Tensor) -> tuple[Tensor, Tensor]:
+    """Which pairs of points of two views have the same cluster, and which have clusters that occur in both views.
+
+    Args:
+        first_cluster_BN: clusters of the first view's points; -1 for padding.
+        second_cluster_BM: the same of the second view.
+
+    Returns:
+        Two bool masks (B, N, M).
+    """
+    same_BNM = (first_cluster_BN[:, :, None] == second_cluster_BM[:, None, :]) & (first_cluster_BN >= 0)[:, :, None]
+    return same_BNM, same_BNM.any(2)[:, :, None] & same_BNM.any(1)[:, None, :]
+
+
 def descriptor_loss(
     first_BND: Tensor, second_BMD: Tensor, first_cluster_BN: Tensor, second_cluster_BM: Tensor, margin: float
 ) -> Tensor:
@@ -74,13 +88,11 @@ def descriptor_loss(
     Returns:
         Scalar; 0 where there is no pair.
     """
-    same_BNM = first_cluster_BN[:, :, None] == second_cluster_BM[:, None, :]
-    both_BNM = same_BNM & (first_cluster_BN >= 0)[:, :, None]
-    shared_BNM = both_BNM.any(2)[:, :, None] & both_BNM.any(1)[:, None, :]
+    same_BNM, shared_BNM = pair_masks(first_cluster_BN, second_cluster_BM)
     square_BNM = (first_BND.float()[:, :, None] - second_BMD.float()[:, None, :]).square().sum(-1)
     # The root has no gradient at 0; a negative pair at distance 0 is pushed apart from a tiny distance on.
     distance_BNM = square_BNM.clamp_min(1e-12).sqrt()
-    loss_BNM = torch.where(both_BNM, square_BNM, (margin - distance_BNM).clamp_min(0).square())
+    loss_BNM = torch.where(same_BNM, square_BNM, (margin - distance_BNM).clamp_min(0).square())
     return (loss_BNM * shared_BNM).sum() / shared_BNM.sum().clamp_min(1)
 
 
