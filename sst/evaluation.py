@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import eigh
+from scipy.linalg.lapack import dsyevr
+from threadpoolctl import threadpool_limits
 
 from cluster.shards import Labels
 
@@ -269,17 +270,23 @@ def complete(values_FP: np.ndarray, known_FP: np.ndarray) -> np.ndarray:
     tau, step = 5.0 * sum(data.shape) / 2.0, 1.2 * data.size / float(known_FP.sum())
     # While everything lies below the threshold the estimate stays 0, and an iteration adds step * data.
     idle = int(tau / (step * np.linalg.norm(data, 2)))
-    dual, estimate, residual = idle * step * data, np.zeros_like(data), np.empty_like(data)
-    known = known_FP.astype(np.float64)
-    for _ in range(SVT_ITERATIONS - idle):
-        squares, basis = eigh(dual.T @ dual, subset_by_value=(tau**2, np.inf), check_finite=False)
-        np.matmul((dual @ basis) * (1.0 - tau / np.sqrt(squares)), basis.T, out=estimate)
-        np.subtract(data, estimate, out=residual)
-        residual *= known
-        if math.sqrt(np.vdot(residual, residual)) < SVT_TOLERANCE * scale:
-            break
-        residual *= step
-        dual += residual
+    dual, estimate, residual = idle * step * data, np.zeros(data.shape), np.empty(data.shape)
+    step_FP = step * known_FP
+    # On matrices this small threads gain nothing, and cost ten times the time where other work keeps the cores busy.
+    with threadpool_limits(1, user_api="blas"):
+        for _ in range(SVT_ITERATIONS - idle):
+            # LAPACK is called directly, and np.dot for np.matmul, because with few landmarks SciPy's wrapper and
+            # matmul's slow way with a single singular value, which most iterations have, took a quarter of the time.
+            squares, basis, rank, _, failed = dsyevr(dual.T @ dual, range="V", vl=tau**2, vu=np.inf, overwrite_a=True)
+            if failed:
+                raise np.linalg.LinAlgError(f"singular value thresholding: LAPACK's dsyevr failed with {failed}")
+            basis = basis[:, :rank]
+            np.dot(dual @ (basis * (1.0 - tau / np.sqrt(squares[:rank]))), basis.T, out=estimate)
+            np.subtract(data, estimate, out=residual)
+            residual *= step_FP
+            if math.sqrt(np.vdot(residual, residual)) < SVT_TOLERANCE * scale * step:
+                break
+            dual += residual
     return np.where(known_FP, data, estimate)
 
 
