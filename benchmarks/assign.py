@@ -5,14 +5,14 @@ same by the straightforward loop: distances by SciPy and the Hungarian algorithm
 """
 
 import numpy as np
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
+from threadpoolctl import threadpool_limits
 
-from benchmarks.common import core_seconds, machine, summed_up
+from benchmarks.common import core_seconds, idle_share, machine, summed_up
 from cluster.assignment import assign_shard
 from cluster.shards import Descriptors
 
@@ -45,14 +45,14 @@ def main(images: int = 1000, points: int = 40, clusters: int = 100, width: int =
         width: of a descriptor.
         repeats: whose median counts.
     """
-    torch.set_num_threads(1)
     console = Console(width=120)
-    console.print(machine())
+    console.print(machine(), f"idle before: {100 * idle_share():.0f} %")
     table = Table("spread about the centroids", "ours: images/s and core", "loop: images/s and core", "ratio")
     for spread in (0.5, 1.0, 1.5):
         descriptors, centroids = shard(images, points, clusters, width, spread)
-        ours = core_seconds(lambda d=descriptors, c=centroids: assign_shard(d, c), repeats)
-        loop = core_seconds(lambda d=descriptors, c=centroids: straightforward(d, c), repeats)
+        with threadpool_limits(1):  # as in a task of a round, of which there are as many as cores
+            ours = core_seconds(lambda d=descriptors, c=centroids: assign_shard(d, c), repeats)
+            loop = core_seconds(lambda d=descriptors, c=centroids: straightforward(d, c), repeats)
         ratios = [b / a for a, b in zip(ours, loop, strict=True)]
         rates = [[images / seconds for seconds in taken] for taken in (ours, loop)]
         table.add_row(f"{spread:g}", summed_up(rates[0]), summed_up(rates[1]), summed_up(ratios))

@@ -16,7 +16,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 from cluster.assignment import NearestStatistics, assign_shard
 from cluster.kmeans import Backend, KMeansResult, choose_backend, fit
 from cluster.pool import PoolMember, fit_pool
-from cluster.shards import Descriptors
+from cluster.shards import Descriptors, widened
 
 POOL_ATTEMPTS = 4
 """How often a fit over several actors is begun, if one of them is lost each time."""
@@ -157,7 +157,7 @@ def read_sample(sample: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
     parts = [Descriptors.load(url).descriptors[rows] for url, rows in sample if len(rows)]
     if not parts:
         raise ValueError("no descriptor in any shard: no keypoints were found, so nothing can be clustered")
-    return np.concatenate(parts, dtype=np.float32)
+    return widened(np.concatenate(parts))
 
 
 def assign_shard_task(descriptors_url: str, labels_url: str, centroids_KD: np.ndarray) -> NearestStatistics:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from cluster.assignment import assign
-from cluster.shards import Descriptors, Labels
+from cluster.shards import Descriptors, Labels, widened
 from sst.arithmetic import Precision, autocast
 from sst.augment import Augmentation, invert_affine, random_affine, warp_images
 from sst.batch import Batch, describe, keypoint_maps
@@ -146,7 +146,7 @@ def extract_descriptors(
 
 def usable(descriptors_ND: np.ndarray) -> np.ndarray:
     """Which normalised descriptors can be compared: not zero, not NaN (the published code met them); bool (N,)."""
-    rows = descriptors_ND.astype(np.float32)
+    rows = widened(descriptors_ND)
     return np.asarray(np.isfinite(rows).all(1) & ((rows**2).sum(1) > 0.5))
 
 

@@ -14,7 +14,7 @@ from cluster.correspondence import correspond, descriptors_folder, shard_url
 from cluster.dispatch import ShardMap
 from cluster.kmeans import sample_rows
 from cluster.outliers import background_mask, outlier_cut, outlier_scores
-from cluster.shards import Descriptors
+from cluster.shards import Descriptors, widened
 from sst.config import KeypointSettings, TrainSettings
 from sst.extraction import first_keypoints
 from sst.keypoints import generic_detector
@@ -173,8 +173,8 @@ def inliers(
 
 def score_shard(url: str, reference: str, neighbours: int) -> np.ndarray:
     """Outlier scores of a shard's keypoints, float32 (N,)."""
-    sample = storage.load_npz(reference)["descriptors"].astype(np.float32)
-    return outlier_scores(Descriptors.load(url).descriptors.astype(np.float32), sample, neighbours=neighbours)
+    sample = widened(storage.load_npz(reference)["descriptors"])
+    return outlier_scores(widened(Descriptors.load(url).descriptors), sample, neighbours=neighbours)
 
 
 def background_centroids(
@@ -205,7 +205,7 @@ def background_centroids(
 
 def background_shard(url: str, inside_KD: np.ndarray, outside_KD: np.ndarray) -> np.ndarray:
     """Which keypoints of a shard belong to the object and not to the background, bool (N,)."""
-    descriptors = Descriptors.load(url).descriptors.astype(np.float32)
+    descriptors = widened(Descriptors.load(url).descriptors)
     return background_mask(descriptors, inside_KD, outside_KD, storage.load_npz(inside_url(url))["inside"])
 
 

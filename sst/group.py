@@ -35,7 +35,8 @@ class Group:
         return values
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model, with gradients averaged over the group."""
+        """The model, with gradients averaged over the group: sent while others are computed, from where they lie."""
         if self.world == 1:
             return model
-        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)

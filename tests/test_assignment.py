@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.assignment import NearestStatistics, assign, assign_shard
+from cluster.assignment import NearestStatistics, assign, assign_shard, squared_distances
 from cluster.shards import Descriptors
 
 seeds = st.integers(0, 2**32 - 1)
@@ -112,3 +112,13 @@ def test_labels_are_filtered_by_their_own_clusters_threshold() -> None:
     assert labels.distance.tolist() == [0, 1, 0.25]
     kept = labels.below(np.array([0.2, 1.5], np.float32))
     assert kept.offsets.tolist() == [0, 2, 2, 2] and kept.cluster.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 4, 7])
+def test_distances_do_not_depend_on_how_many_rows_are_widened_at_once(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(rows)
+    x, centroids = unit(rng, rows, 5).astype(np.float16), unit(rng, 4, 5)
+    monkeypatch.setattr("cluster.assignment.CACHED_ROWS", 3)
+    np.testing.assert_allclose(squared_distances(x, centroids), distances(x, centroids), atol=1e-6)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster import storage
-from cluster.shards import Descriptors, Labels
+from cluster.shards import Descriptors, Labels, widened
 
 
 def descriptors(sizes: list[int], seed: int = 0) -> Descriptors:
@@ -172,3 +172,13 @@ def test_directories(tmp_path: Path, where: str) -> None:
     assert storage.list_names(root) == ["a.json", "b.json"]
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(storage.join(root, "rounds", "c.json"))
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_widening_is_numpys_whatever_the_layout(kind):
+    rows = np.random.default_rng(0).normal(size=(7, 6)).astype(kind)
+    rows[0, :3] = np.inf, np.nan, 0
+    fixed = rows.copy()
+    fixed.setflags(write=False)
+    for each in (rows, rows[:, ::2], rows[:0], fixed):
+        np.testing.assert_array_equal(widened(each), each.astype(np.float32))
