@@ -27,7 +27,7 @@ from benchmarks.common import (
     synchronise,
     wall_seconds,
 )
-from sst.arithmetic import has_bf16
+from sst.arithmetic import has_bf16, keep_freed_memory
 from sst.batch import random_batch, stage1_losses, stage2_losses
 from sst.network import DetectorDescriptor, LandmarkDetector
 from sst.update import Update
@@ -78,7 +78,8 @@ def matrix_peak(precision: str) -> float:
 def stepper(stage: int, variant: Variant, size: Size, images: int | None = None) -> Callable[[], torch.Tensor]:
     """A function that takes one step and gives its loss."""
     device, settings = device_of_run(), settings_of(size, variant.precision)
-    torch.backends.cudnn.benchmark = True  # as in training
+    torch.backends.cudnn.benchmark = True  # this and the next as in training
+    keep_freed_memory()
     torch.manual_seed(0)
     first = DetectorDescriptor(settings.network.shape)
     model: nn.Module = first if stage == 1 else LandmarkDetector.from_stage1(first, settings.cluster.clusters)

@@ -200,6 +200,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     import ray.train.torch
     import torch
 
+    from sst.arithmetic import keep_freed_memory
     from sst.group import Group
     from sst.metrics import MetricsFile
     from sst.round_making import Corpus
@@ -210,6 +211,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, usable_cpus() // context.get_local_world_size()))
+        keep_freed_memory()
     torch.backends.cudnn.benchmark = True  # every step has the same shapes, so looking for the fastest form pays
     settings = TrainSettings.model_validate(config["settings"])
     group = Group(context.get_world_rank(), context.get_world_size(), device)

@@ -231,8 +231,8 @@ def describe(settings: TrainSettings, corpus: Corpus, gpu: bool, kmeans: str) ->
     """What the run works with, in one line."""
     images, workers = corpus.manifest.samples_of("train"), settings.resources.workers.replace(":", " to ")
     return (
-        f"{images} training images in {len(corpus.train)} shards; {workers} workers on {'GPUs' if gpu else 'CPUs'}, "
-        f"{settings.resources.precision}; k-means by {kmeans}"
+        f"{images} training images in {len(corpus.train)} shards; {workers} workers on {'GPUs' if gpu else 'CPUs'}; "
+        f"k-means by {kmeans}"
     )
 
 

@@ -79,6 +79,14 @@ def round_line(line: dict[str, Any]) -> str:
     return f"round {line['round']} ({line['made_by']})  {figures}"
 
 
+def arithmetic_line(line: dict[str, Any]) -> str:
+    """How the workers compute, and what they could not do."""
+    text = f"workers compute on {line['device']} in {line['convolutions']}"
+    if line["compiled"]:
+        return f"{text}, compiled: the first steps take minutes"
+    return f"{text}; not compiled, which is slower: {line['obstacle']}" if "obstacle" in line else text
+
+
 class TimeLeft:
     """Estimates a run's remaining time from its measured speed in each stage.
 
@@ -138,6 +146,8 @@ class Show:
             whole = line["done"] == line["total"]
         elif kind == "round":
             text, whole = round_line(line), True
+        elif kind == "arithmetic":
+            text, whole = arithmetic_line(line), True
         elif kind == "resume":
             text, whole = f"resumed after step {line['step']}", True
         else:

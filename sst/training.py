@@ -106,7 +106,7 @@ class Trainer:
             "convolutions": "bf16" if uses_bf16(device, self.settings.resources.precision) else "float32",
             "compiled": compiles and not obstacles,
         }
-        self.tools.log(line | ({"slower_since": obstacles[0]} if obstacles else {}))
+        self.tools.log(line | ({"obstacle": obstacles[0]} if obstacles else {}))
         return compiles and not obstacles
 
     def _make_round(self, record: RoundRecord, step: int) -> None:

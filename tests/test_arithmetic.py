@@ -1,11 +1,16 @@
 """How a device computes: by its own means, the same up to rounding."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from sst import arithmetic
 from sst.arithmetic import autocast, has_bf16, laid_out, obstacle_to_compiling, uses_bf16
 from sst.group import Group
+from sst.progress import arithmetic_line
 from sst.training import Trainer
 from tests.small import SETTINGS, local_tools, train_locally, write_toy
 
@@ -32,6 +37,32 @@ def test_convolutions_are_computed_as_told(precision, kind):
 def test_a_model_on_a_cpu_stays_as_it_is():
     layer = torch.nn.Conv2d(3, 4, 3)
     assert laid_out(layer, CPU) is layer and layer.weight.is_contiguous()
+
+
+FAULTS = """
+import resource, torch
+from sst.arithmetic import keep_freed_memory
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def step():
+    return [torch.ones(3_000_000 + 100_000 * number) for number in range(5)]
+def counted():
+    for _ in range(3): step()
+    before = faults()
+    for _ in range(5): step()
+    return faults() - before
+given_back = counted()
+keep_freed_memory()
+print(given_back, counted())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is told is glibc")
+def test_memory_that_was_freed_is_not_fetched_from_the_system_again():
+    """Page faults of steps that take and free 64 MB, in a process of its own."""
+    printed = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
+    given_back, kept = map(int, printed.split())
+    assert given_back > 1_000 and kept < 0.1 * given_back
 
 
 def without_compiler(function):
@@ -63,6 +94,7 @@ def test_a_run_says_how_it_computes_and_refuses_to_compile_where_it_cannot(monke
     (said,) = (line for line in lines if line["kind"] == "arithmetic")
     kind = "bf16" if has_bf16(CPU) else "float32"
     assert said == {"kind": "arithmetic", "device": "cpu", "convolutions": kind, "compiled": False}
+    assert arithmetic_line(said) == f"workers compute on cpu in {kind}"
     monkeypatch.setattr(torch, "compile", without_compiler)
     with pytest.raises(RuntimeError, match="--resources.compile: .*no C compiler was found.*leave it out"):
         train_locally(corpus, str(tmp_path / "other"), local_tools([]), with_compile(True))
@@ -80,7 +112,10 @@ def test_a_gpu_that_cannot_compile_goes_on_without_and_says_so(monkeypatch, corp
     )
     monkeypatch.setattr("sst.training.uses_bf16", lambda device, precision: True)
     assert asked._settle_compiling() is False
-    assert lines[0]["compiled"] is False and lines[0]["slower_since"] == "no C compiler was found"
+    assert arithmetic_line(lines[0]) == (
+        "workers compute on cuda in bf16; not compiled, which is slower: no C compiler was found"
+    )
+    assert lines[0]["compiled"] is False and lines[0]["obstacle"] == "no C compiler was found"
 
 
 @pytest.mark.slow
