@@ -42,8 +42,8 @@ def keep_freed_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     if platform.libc_ver()[0] == "glibc":  # other C libraries have other habits
         library = ctypes.CDLL(None)
-        library.mallopt(trim_threshold, 2**31 - 1)
-        library.mallopt(mmap_threshold, 2**30)
+        library.mallopt(trim_threshold, 2**30)
+        library.mallopt(mmap_threshold, 2**25)  # a round's larger arrays go back at once, or they would leave gaps
 
 
 def laid_out(model: Model, device: torch.device) -> Model:
