@@ -1,0 +1,29 @@
+"""Benchmarks that read what runs leave behind must understand it."""
+
+import pytest
+
+from benchmarks.round import rounds_of
+from cluster.actor import read_sample
+from cluster.kmeans import fit
+from sst.metrics import MetricsFile
+from sst.pipeline import claim, open_corpus
+from sst.round_making import Tools
+from sst.rounds import RunDirectory
+from tests.small import SETTINGS, train_locally, write_toy
+
+
+def test_the_parts_of_a_round_are_those_that_the_run_notes(tmp_path):
+    corpus, run = str(tmp_path / "corpus"), tmp_path / "run"
+    write_toy(corpus, train=24, test=8)
+    claim(RunDirectory(str(run)), SETTINGS, open_corpus(corpus))
+
+    def solve(sample, start, seed, clusters):
+        return fit(read_sample(sample), clusters, seed=seed, start=start)
+
+    train_locally(corpus, str(run), Tools(solve, log=MetricsFile(str(run)).write))
+    rounds = rounds_of(run)
+    assert [each["steps"] for each in rounds] == [SETTINGS.stage1.round_iterations] * SETTINGS.stage1.rounds
+    for each in rounds:
+        parts = {name: seconds for name, seconds in each.items() if name not in ("steps", "all")}
+        assert sum(parts.values()) == pytest.approx(each["all"])
+        assert all(seconds >= 0 for name, seconds in parts.items() if name != "rest") and each["training"] > 0
