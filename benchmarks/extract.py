@@ -37,7 +37,7 @@ def main() -> None:
     device, settings = device_of_run(), settings_of(told.size)
     side, images = settings.network.input_size, told.images
     torch.manual_seed(0)
-    model: nn.Module = laid_out(DetectorDescriptor(settings.network.shape), device).eval()
+    model: nn.Module = laid_out(DetectorDescriptor(settings.network.shape), device, told.compiled).eval()
     if told.compiled:
         model = torch.compile(model)
     batch = random_batch(images, settings).to(device)

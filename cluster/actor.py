@@ -154,10 +154,17 @@ def read_sample(sample: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
     Raises:
         ValueError: if there is no row at all, or a shard is damaged.
     """
-    parts = [Descriptors.load(url).descriptors[rows] for url, rows in sample if len(rows)]
-    if not parts:
+    sampled = [(url, rows) for url, rows in sample if len(rows)]
+    if not sampled:
         raise ValueError("no descriptor in any shard: no keypoints were found, so nothing can be clustered")
-    return widened(np.concatenate(parts))
+    result, first = np.empty((0, 0), np.float32), 0
+    for url, rows in sampled:
+        part = widened(Descriptors.load(url).descriptors[rows])
+        if not len(result):
+            result = np.empty((sum(len(own) for _, own in sampled), part.shape[1]), np.float32)
+        result[first : first + len(rows)] = part
+        first += len(rows)
+    return result
 
 
 def assign_shard_task(descriptors_url: str, labels_url: str, centroids_KD: np.ndarray) -> NearestStatistics:

@@ -207,10 +207,10 @@ class ResourceSettings(Settings):
     gpu: bool | None = None
     """Train on GPUs; unset: where the cluster has enough of them."""
     precision: Precision = "auto"
-    """Arithmetic of convolutions; weights, losses and optimizer are always float32. auto: bf16 on GPUs and CPUs with
-    matrix units for it, float32 elsewhere."""
+    """Arithmetic of convolutions; weights, losses and optimizer are always float32. auto: bf16 where all workers have
+    matrix units for it (recent GPUs, some server CPUs), float32 elsewhere; a run keeps what it began with."""
     compile: bool | None = None
-    """Fuse what lies between convolutions by torch.compile, which takes minutes at the start; unset: on GPUs."""
+    """Fuse what lies between convolutions by torch.compile, which takes minutes in each stage; unset: on GPUs."""
     max_failures: Count = 3
     """Lost workers that a run survives before it gives up; submit it again to go on."""
     checkpoint_steps: Positive = 1_000
@@ -234,8 +234,8 @@ class ResourceSettings(Settings):
 
 
 SAFE_TO_CHANGE = tuple(name for name in ResourceSettings.model_fields if name != "precision")
-"""Resources with which a run may go on that began with others. With as many workers as before it goes on bit for bit;
-with another number the images come in another order."""
+"""Resources with which a run may go on that began with others. On CPUs, with as many workers as before and `compile` as
+it was, it goes on bit for bit; with another number of workers the images come in another order."""
 
 
 class TrainSettings(Settings):
@@ -251,11 +251,22 @@ class TrainSettings(Settings):
     resources: ResourceSettings = ResourceSettings()
 
     def method_json(self) -> str:
-        """What the result depends on, as text: without resources that are safe to change, and without defaults.
+        """What the result depends on, as text: without resources and without defaults.
 
-        A later version may add a setting, whose default changes nothing; so defaults are left out.
+        A later version may add a setting, whose default changes nothing; so defaults are left out. Of the resources
+        only the precision matters, which settings.json records.
         """
-        return self.model_dump_json(exclude_defaults=True, exclude={"resources": set(SAFE_TO_CHANGE)})
+        return self.model_dump_json(exclude_defaults=True, exclude={"resources"})
+
+    def earlier_method_json(self) -> tuple[str, ...]:
+        """What earlier versions had for `method_json`: resources stood in it, without what is safe to change."""
+        rest = self.method_json()[:-1]
+        joined = rest + "," if len(rest) > 1 else rest
+        return tuple(f'{joined}"resources":{each}}}' for each in ("{}", '{"precision":"float32"}'))
+
+    def with_precision(self, precision: Precision) -> Self:
+        """The same with another arithmetic."""
+        return self.model_copy(update={"resources": self.resources.model_copy(update={"precision": precision})})
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -35,7 +35,7 @@ class Group:
         return values
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model, with gradients averaged over the group: sent while others are computed, from where they lie."""
+        """The model, with gradients averaged over the group: sent while others are computed, and not copied back."""
         if self.world == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None

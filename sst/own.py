@@ -11,7 +11,6 @@ import psutil
 import torch
 
 from sst.advice import FEW_IMAGES
-from sst.arithmetic import laid_out
 from sst.batch import random_batch, stage1_losses, stage2_losses
 from sst.config import PRESETS, TrainSettings
 from sst.distributed import usable_cpus
@@ -212,7 +211,7 @@ def measure(settings: TrainSettings, machine: Machine, repeats: int = 3) -> Spee
     active = torch.ones(clusters, dtype=torch.bool, device=device)
     seconds = []
     for model, total in zip(models, (settings.stage1.pairs, settings.stage2.batch), strict=True):
-        laid_out(model, device).train()
+        model.to(device).train()
         batch = random_batch(total // workers, settings).to(device)
         taken = []
         for _ in range(1 + repeats):

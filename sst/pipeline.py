@@ -78,7 +78,7 @@ def claim(run: RunDirectory, settings: TrainSettings, corpus: Corpus) -> bool:
     Raises:
         UserError: if a run of that name exists with other settings or data; the message has the differences.
     """
-    url = storage.join(run.url, "settings.json")
+    url = run.settings_url
     told = {"settings": settings.model_dump(mode="json"), "manifest": corpus.manifest_hash, "shards": corpus.url}
     if storage.exists(url):
         before = storage.read_json(url)
@@ -95,6 +95,14 @@ def claim(run: RunDirectory, settings: TrainSettings, corpus: Corpus) -> bool:
         return False
     storage.write_json(url, told)
     return True
+
+
+def as_begun(run: RunDirectory, settings: TrainSettings) -> TrainSettings:
+    """The settings, with the arithmetic that the run began with where they leave it open."""
+    begun = run.noted_precision()
+    if settings.resources.precision != "auto" or begun is None:
+        return settings
+    return settings.with_precision(begun)
 
 
 def with_absolute_weights(settings: TrainSettings) -> TrainSettings:
@@ -166,6 +174,7 @@ def train_run(
     corpus, run = open_corpus(storage.absolute(shards)), RunDirectory(storage.absolute(run_url))
     check_disk(settings, sum(shard.samples for shard in corpus.manifest.shards), run.url)
     with terminable(), RunLock(run.url):
+        settings = as_begun(run, settings)
         is_new = claim(run, settings, corpus)
         try:
             return tracked_run(settings, corpus, run, tracking, keypoints, started)

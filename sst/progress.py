@@ -83,8 +83,8 @@ def arithmetic_line(line: dict[str, Any]) -> str:
     """How the workers compute, and what they could not do."""
     text = f"workers compute on {line['device']} in {line['convolutions']}"
     if line["compiled"]:
-        return f"{text}, compiled: the first steps take minutes"
-    return f"{text}; not compiled, which is slower: {line['obstacle']}" if "obstacle" in line else text
+        return f"{text}, compiled: the first steps of a stage take minutes"
+    return f"{text}; not compiled, which is slower: {line['obstacle']}" if line["obstacle"] else text
 
 
 class TimeLeft:

@@ -1,6 +1,6 @@
 """A run's directory: settings, rounds, checkpoints, predictions.
 
-RUN/settings.json                what the run was told
+RUN/settings.json                what the run was told, and the arithmetic that it settled on
 RUN/rounds/0003/record.json      written last: a round without it does not exist
 RUN/rounds/0003/labels/shard-00000.npz, centroids.npz
 RUN/checkpoints/0000012000/      see sst.checkpoint
@@ -10,7 +10,7 @@ RUN/metrics.jsonl, RUN/report.html, RUN/figures/
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cluster import storage
 from cluster.correspondence import labels_url
 from cluster.shards import Labels
+from sst.arithmetic import Precision
 
 
 class RoundRecord(BaseModel):
@@ -84,6 +85,26 @@ class RunDirectory:
     """Paths and records of one run; `url` is a local path or any fsspec URL."""
 
     url: str
+
+    @property
+    def settings_url(self) -> str:
+        """What the run was told, and which data it reads."""
+        return storage.join(self.url, "settings.json")
+
+    def noted_precision(self) -> Precision | None:
+        """The arithmetic that the run began with; None where that is still open."""
+        if not storage.exists(self.settings_url):
+            return None
+        noted = storage.read_json(self.settings_url)["settings"]["resources"].get("precision")
+        return None if noted == "auto" else cast(Precision | None, noted)
+
+    def note_precision(self, precision: Precision) -> None:
+        """Notes in the run's settings in what arithmetic it is computed; not in a directory without settings."""
+        if not storage.exists(self.settings_url):
+            return
+        told = storage.read_json(self.settings_url)
+        told["settings"]["resources"]["precision"] = precision
+        storage.write_json(self.settings_url, told)
 
     def round_url(self, number: int) -> str:
         """Directory of a round."""

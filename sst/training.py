@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster import storage
-from sst.arithmetic import laid_out, obstacle_to_compiling, uses_bf16
+from sst.arithmetic import Precision, laid_out, obstacle_to_compiling, uses_bf16
 from sst.batch import Batch, stage1_losses, stage2_losses
 from sst.checkpoint import latest_checkpoint, write_checkpoint
 from sst.config import TrainSettings
@@ -42,7 +42,7 @@ DATA_SEED, STEP_SEED, WEIGHT_SEED = 2, 3, 4
 """Purpose numbers in `derived_seed`."""
 
 LOG_STEPS = 20
-"""Optimizer steps between two lines of figures, two looks for skipped steps, and two whether to stop."""
+"""Optimizer steps between two lines of figures; as often it is seen which were skipped, and whether to stop."""
 
 SKIP_LIMIT = 5
 """Consecutive steps without a finite gradient, after which the run stops."""
@@ -59,13 +59,20 @@ class Trainer:
     tools: Tools
 
     def __post_init__(self) -> None:
+        self.settings = self.settings.with_precision(self._settled_precision())
         self.rounds = RoundMaker(self.settings, self.corpus, self.run, self.group, self.tools)
         self.phases = plan(self.settings, sum(shard.samples for shard in self.corpus.train))
-        self.settings_hash = storage.sha256(self.settings.method_json().encode())
+        self.settings_hash, *earlier = (
+            storage.sha256(text.encode())
+            for text in (self.settings.method_json(), *self.settings.earlier_method_json())
+        )
+        self.known_hashes = {self.settings_hash, *earlier}
         self.checkpoints = storage.join(self.run.url, "checkpoints")
         self.undecodable = Undecodable()
         self.skips = Skips(self.group, self.run, self.tools)
-        self.compiles = self._settle_compiling()
+        self.compiles, obstacle = settled_compiling(self.settings.resources.compile, self.group)
+        line = {"device": str(self.group.device), "convolutions": self.settings.resources.precision}
+        self.tools.log({"kind": "arithmetic", "compiled": self.compiles, "obstacle": obstacle} | line)
 
     def __call__(self) -> LandmarkDetector:
         """Runs what is left of the run, from the latest checkpoint on; round 0 must be there.
@@ -93,21 +100,13 @@ class Trainer:
         assert isinstance(self.model, LandmarkDetector)
         return self.model.eval()
 
-    def _settle_compiling(self) -> bool:
-        """Whether models are compiled, the same on all workers; says how the device computes."""
-        asked, device = self.settings.resources.compile, self.group.device
-        compiles = device.type == "cuda" if asked is None else asked
-        obstacles = [each for each in self.group.gather(obstacle_to_compiling(device) if compiles else None) if each]
-        if asked and obstacles:
-            raise RuntimeError(f"--resources.compile: torch.compile does not work here ({obstacles[0]}); leave it out")
-        line = {
-            "kind": "arithmetic",
-            "device": str(device),
-            "convolutions": "bf16" if uses_bf16(device, self.settings.resources.precision) else "float32",
-            "compiled": compiles and not obstacles,
-        }
-        self.tools.log(line | ({"obstacle": obstacles[0]} if obstacles else {}))
-        return compiles and not obstacles
+    def _settled_precision(self) -> Precision:
+        """What convolutions are computed in, the same on all workers; noted in settings.json for later starts."""
+        told, device = self.settings.resources.precision, self.group.device
+        precision: Precision = "bf16" if all(self.group.gather(uses_bf16(device, told))) else "float32"
+        if told == "auto" and self.group.rank == 0:
+            self.run.note_precision(precision)
+        return precision
 
     def _make_round(self, record: RoundRecord, step: int) -> None:
         model = self.model.eval()
@@ -116,9 +115,9 @@ class Trainer:
         else:
             self.rounds.merge(model, self.called, record, step)
 
-    def _fast(self, model: nn.Module) -> nn.Module:
-        """The model as it is called: compiled, where that is done."""
-        return cast(nn.Module, torch.compile(model)) if self.compiles else model
+    def _fast(self, model: nn.Module, dynamic: bool | None = None) -> nn.Module:
+        """The model as it is called: compiled, where that is done, perhaps for batches of any size."""
+        return cast(nn.Module, torch.compile(model, dynamic=dynamic)) if self.compiles else model
 
     def finish(self, model: LandmarkDetector) -> None:
         """Writes the landmark model and its predictions on every image of the corpus."""
@@ -222,11 +221,13 @@ class Trainer:
             figures.add(losses | {"gradient_norm": norm})
             self.skips.add(global_step, batch.keys, finite)
             last = step + 1 == phase.steps
-            if (step + 1) % LOG_STEPS == 0 or last:
-                self.skips.look()
-                self.tools.log(figures.line(global_step + 1, step + 1) | {"learning_rate": rate})
             stop = (global_step + 1) % LOG_STEPS == 0 and self._stop_asked()
-            if (step + 1) % self.settings.resources.checkpoint_steps == 0 or last or stop:
+            saves = (step + 1) % self.settings.resources.checkpoint_steps == 0 or last or stop
+            if (step + 1) % LOG_STEPS == 0 or saves:
+                self.skips.look()
+            if (step + 1) % LOG_STEPS == 0 or last:
+                self.tools.log(figures.line(global_step + 1, step + 1) | {"learning_rate": rate})
+            if saves:
                 self._checkpoint(index, step + 1)
             if stop:
                 raise Stopped
@@ -265,7 +266,7 @@ class Trainer:
         if found is None:
             return 0, 0
         record, tensors = found
-        if record.settings != self.settings_hash:
+        if record.settings not in self.known_hashes:
             raise ValueError(f"{self.checkpoints} belongs to other settings; take another --name for these")
         if record.stage == 2:
             self._start_stage2(len(self.run.record(self.phases[record.phase].round).active))
@@ -283,10 +284,11 @@ class Trainer:
     def _begin_stage(self) -> None:
         """Puts a stage's model on the device, with its optimizer, and as it is called with and without gradients."""
         stage = self.settings.stage1 if isinstance(self.model, DetectorDescriptor) else self.settings.stage2
-        self.model = laid_out(self.model, self.group.device)
+        self.model = laid_out(self.model, self.group.device, self.compiles)
         self.update = Update(self.model, stage.learning_rate, stage.weight_decay)
         # Compiled outside of DDP's wrapper, so that gradients are still sent while others are computed.
-        self.trained, self.called = self._fast(self.group.wrap(self.model)), self._fast(self.model)
+        self.trained = self._fast(self.group.wrap(self.model), dynamic=False)
+        self.called = self._fast(self.model)
 
     def _checkpoint(self, index: int, phase_step: int) -> None:
         phase = self.phases[index]
@@ -302,6 +304,19 @@ class Trainer:
                 settings=self.settings_hash,
             )
         self.group.wait()
+
+
+def settled_compiling(asked: bool | None, group: Group) -> tuple[bool, str | None]:
+    """Whether models are compiled, the same on all workers, and what keeps a GPU from it.
+
+    Raises:
+        RuntimeError: if it is asked for where it does not work.
+    """
+    compiles = group.device.type == "cuda" if asked is None else asked
+    obstacles = [each for each in group.gather(obstacle_to_compiling(group.device) if compiles else None) if each]
+    if asked and obstacles:
+        raise RuntimeError(f"--resources.compile: torch.compile does not work here ({obstacles[0]}); leave it out")
+    return compiles and not obstacles, next(iter(obstacles), None)
 
 
 class Skips:

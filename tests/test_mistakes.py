@@ -13,7 +13,7 @@ from sst.config import PRESETS
 from sst.errors import UserError
 from sst.model import save_model
 from sst.network import LandmarkDetector
-from sst.pipeline import claim, open_corpus
+from sst.pipeline import as_begun, claim, open_corpus
 from sst.rounds import RunDirectory
 from sst.toy import draw
 from tests.small import SETTINGS, write_toy
@@ -71,6 +71,23 @@ def test_resources_may_change_between_starts_but_not_the_arithmetic(tmp_path):
     exact = settings.resources.model_copy(update={"precision": "float32"})
     with pytest.raises(UserError, match="settings.resources.precision: auto -> float32"):
         claim(run, settings.model_copy(update={"resources": exact}), corpus)
+
+
+@pytest.mark.parametrize("begun", ["bf16", "float32"])
+def test_a_run_keeps_the_arithmetic_that_it_began_with(tmp_path, begun):
+    """Whatever this machine would take; runs of earlier versions noted bf16 without being told."""
+    write_toy(str(tmp_path / "shards"), train=16, test=4)
+    corpus, run, settings = open_corpus(str(tmp_path / "shards")), RunDirectory(str(tmp_path)), PRESETS["toy-cpu"][1]
+    assert as_begun(run, settings) == settings
+    claim(run, settings, corpus)
+    assert as_begun(run, settings) == settings and run.noted_precision() is None
+    run.note_precision(begun)
+    later = as_begun(run, settings)
+    assert later == settings.with_precision(begun) and claim(run, later, corpus) is False
+    other = settings.with_precision("float32" if begun == "bf16" else "bf16")
+    assert as_begun(run, other) == other
+    with pytest.raises(UserError, match=f"settings.resources.precision: {begun} -> {other.resources.precision}"):
+        claim(run, other, corpus)
 
 
 CSV = "file,box_x0,box_y0,box_x1,box_y1,x0,y0\n"

@@ -1,12 +1,16 @@
 """The train loop in one process: phases, rounds, checkpoints, and going on after a crash."""
 
+import json
+
 import numpy as np
 import pytest
 import simplejpeg
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 
+from cluster import storage
 from sst import extraction
 from sst.batch import stage1_losses, stage2_losses
 from sst.checkpoint import latest_checkpoint, write_checkpoint
@@ -21,6 +25,7 @@ from sst.rounds import RunDirectory
 from sst.schedule import derived_seed, learning_rate, plan
 from sst.shards import SampleMeta, ShardWriter
 from sst.toy import draw
+from sst.training import Trainer
 from sst.update import Update
 from tests.small import SETTINGS, local_tools, train_locally, write_toy
 
@@ -281,6 +286,47 @@ def test_a_run_goes_on_with_other_resources(corpus, tmp_path):
     train_locally(corpus, str(tmp_path), local_tools(lines), other)
     assert [line["step"] for line in lines if line["kind"] == "resume"] == [20]
     load_model(RunDirectory(str(tmp_path)).model_url)
+
+
+def test_the_former_texts_of_settings_are_known():
+    """Resources stood among what the result depends on, less what was safe to change; bf16 was the default."""
+    empty, exact = '"resources":{}}', '"resources":{"precision":"float32"}}'
+    assert TrainSettings().method_json() == "{}"
+    assert TrainSettings().earlier_method_json() == ("{" + empty, "{" + exact)
+    seeded = TrainSettings(seed=1).with_precision("float32")
+    assert seeded.method_json() == '{"seed":1}'
+    assert seeded.earlier_method_json() == ('{"seed":1,' + empty, '{"seed":1,' + exact)
+
+
+def test_a_run_begun_by_an_earlier_version_goes_on(corpus, tmp_path):
+    """Its checkpoint has the former hash of the settings, and the optimizer's count of steps."""
+    stopping = Tools(local_tools([]).fit, stop=lambda: True)
+    long = SETTINGS.model_copy(update={"stage1": SETTINGS.stage1.model_copy(update={"warmup_iterations": 24})})
+    with pytest.raises(Stopped):
+        train_locally(corpus, str(tmp_path), stopping, long)
+    place = sorted((tmp_path / "checkpoints").iterdir())[-1]
+    averages = load((place / "optimizer.safetensors").read_bytes())
+    averages |= {name.replace("square_avg", "step"): torch.tensor(20.0) for name in averages}
+    (place / "optimizer.safetensors").write_bytes(save(averages))
+    record = json.loads((place / "record.json").read_text())
+    record["settings"] = storage.sha256((long.method_json()[:-1] + ',"resources":{}}').encode())
+    record["files"]["optimizer.safetensors"] = storage.sha256((place / "optimizer.safetensors").read_bytes())
+    (place / "record.json").write_text(json.dumps(record))
+    lines: list[dict] = []
+    train_locally(corpus, str(tmp_path), local_tools(lines), long)
+    assert [line["step"] for line in lines if line["kind"] == "resume"] == [20]
+
+
+def test_no_skipped_step_is_unreported_when_a_checkpoint_goes_beyond_it(corpus, tmp_path, monkeypatch):
+    pending, write = [], Trainer._checkpoint
+
+    def checkpoint(trainer: Trainer, index: int, phase_step: int) -> None:
+        pending.append(len(trainer.skips.noted))
+        write(trainer, index, phase_step)
+
+    monkeypatch.setattr(Trainer, "_checkpoint", checkpoint)
+    train_locally(corpus, str(tmp_path), local_tools([]))
+    assert len(pending) > 6 and not any(pending)
 
 
 def test_checkpoints_are_kept_so_that_a_valid_one_is_always_there(tmp_path):
