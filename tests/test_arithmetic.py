@@ -2,6 +2,7 @@
 
 import os
 import platform
+import socket
 import subprocess
 import sys
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 
 from sst.arithmetic import autocast, has_bf16, laid_out, obstacle_to_compiling, uses_bf16
+from sst.batch import random_batch, stage1_losses
 from sst.group import Group
+from sst.network import DetectorDescriptor, NetworkShape
 from sst.progress import arithmetic_line
 from sst.training import settled_compiling
+from sst.update import Update
 from tests.small import SETTINGS, local_tools, train_locally, write_toy
 
 CPU = torch.device("cpu")
@@ -132,3 +136,45 @@ def test_a_compiled_run_is_one_graph_a_model_and_begins_as_a_plain_one_does(corp
     assert compiled[0] == pytest.approx(plain[0], rel=1e-4) and compiled[0] != plain[0]
     assert len(compiled) == len(plain) and all(loss < 1.2 * plain[0] for loss in compiled)
     assert any(line.get("compiled") for line in lines[True]) and not any(line.get("compiled") for line in lines[False])
+
+
+def _train_in_a_group(rank: int, port: int, folder: str) -> None:
+    """One of two DDP workers: three steps, plain and compiled, from the same start; saves what came out."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    settings, found = SETTINGS.with_precision("float32"), []
+    batch, generator = random_batch(4, settings), torch.Generator()
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = DetectorDescriptor(NetworkShape(16, 1, 2, 16)).to(memory_format=torch.channels_last).train()
+        update, wrapped = Update(model, 5e-4, 1e-5), Group(rank, 2).wrap(model)
+        used = torch.compile(wrapped, dynamic=False) if compiled else wrapped
+        norms = []
+        for step in range(3):
+            generator.manual_seed(10 * step + rank)
+            model.zero_grad()
+            stage1_losses(used, batch, settings, generator)["loss"].backward()
+            norms.append(update(5e-4)[0])
+        assert model.backbone.block1.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+        weights = torch.cat([weight.detach().flatten() for weight in model.parameters()])
+        found += [torch.stack(norms), weights]
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_compiled_workers_of_a_group_take_the_steps_of_plain_ones(tmp_path):
+    """As on GPUs: compiled around DDP's wrapper, channels last, weights in one buffer."""
+    if (obstacle := obstacle_to_compiling(CPU)) is not None:
+        pytest.skip(f"torch.compile does not work here: {obstacle}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_train_in_a_group, args=(port, str(tmp_path)), nprocs=2)
+    own, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert all(map(torch.equal, own, other))
+    norms, weights, compiled_norms, compiled_weights = own
+    torch.testing.assert_close(compiled_norms, norms, rtol=1e-4, atol=0)
+    torch.testing.assert_close(compiled_weights, weights, rtol=0, atol=2e-3)  # RMSprop's first steps magnify rounding
+    assert not torch.equal(compiled_weights, weights)
