@@ -72,11 +72,9 @@ def main(counts: tuple[int, ...] = (1_000, 20_000)) -> None:
             )
             place = ["--shards", shards, "--name", "memory", "--runs", folder, "--tracking", database]
             trained = watch([sys.executable, "-m", "jobs.train", "toy-cpu", *place, *SCHEDULE])
-        table.add_row(
-            f"{count:,}",
-            *(f"{value:.0f}" for value in (packed.largest, trained.largest, trained.total, trained.seconds)),
-        )
-    Console().print(table)
+        figures = (packed.largest, trained.largest, trained.total, trained.seconds)
+        table.add_row(f"{count:,}", *(f"{value:.0f}" for value in figures))
+        Console().print(table)  # at once: the next number of images may take an hour
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def test_thirty_clusters_on_two_cores_are_the_measured_preset():
 
 
 def test_workers_fit_memory():
-    assert workers_for(Machine(64, 0, 6.0)) == 4
+    assert workers_for(Machine(64, 0, 7.5)) == 4
     assert workers_for(Machine(64, 0, 600.0)) == 8
     assert workers_for(Machine(64, 3, 600.0)) == 2
     with pytest.raises(UserError, match="1.0 GB of memory are free"):

@@ -5,14 +5,14 @@ import pytest
 from jobs import evaluate, pack, train
 
 SHORT = """
---stage1.warmup-iterations 300 --stage1.rounds 3 --stage1.round-iterations 120
---stage2.iterations 1200 --stage2.milestones 950 1080 --stage2.merge-after 600 --stage2.merge-every 300
+--stage1.warmup-iterations 250 --stage1.rounds 2 --stage1.round-iterations 100 --stage2.batch 16
+--stage2.iterations 1500 --stage2.milestones 1250 1400 --stage2.merge-after 700 --stage2.merge-every 350
 """.split()
 
 
 @pytest.mark.timeout(1200)
 def test_trained_landmarks_beat_a_constant_guess_and_the_first_keypoints(tmp_path):
-    pack.main(f"toy --count 1100 --seed 3 --out {tmp_path / 'shards'}".split())
+    pack.main(f"toy --count 900 --seed 3 --out {tmp_path / 'shards'}".split())
     place = ["--shards", str(tmp_path / "shards"), "--name", "quality", "--runs", str(tmp_path)]
     train.main(["toy-cpu", *place, "--tracking", f"sqlite:///{tmp_path}/mlflow.db", *SHORT])
     rows = evaluate.evaluate_run(evaluate.Run(run=str(tmp_path / "quality")))
