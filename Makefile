@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/installed
 ## Everything that the commands need, in .venv.
 install: $(INSTALLED)
 
-## Trains on the embedded corpus of drawings: about ten minutes on two cores after set-up.
+## Trains on the embedded corpus of drawings: ten to fifteen minutes on two cores after set-up.
 demo: $(INSTALLED)
 	$(BIN)/python -m jobs.demo
 

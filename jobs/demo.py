@@ -1,4 +1,4 @@
-"""The main job on the embedded corpus of drawings, in about ten minutes on two cores: `python -m jobs.demo`."""
+"""The main job on the embedded corpus of drawings, in ten to fifteen minutes on two cores: `python -m jobs.demo`."""
 
 from collections.abc import Sequence
 
