@@ -3,14 +3,15 @@
 Every write is atomic: locally under a temporary name and then renamed, on an object store by its own put. So
 a file either exists whole or not at all, and a directory is complete when its record, written last, exists.
 
-A remote store may fail for a while: reads and writes are tried again, with growing random pauses, for about a minute.
-What it answers for good (not found, not permitted) is an error at once.
+A remote store may fail for a while: reads and writes are tried again, with growing random pauses, for about a minute;
+each such pause is a warning in the log. What it answers for good (not found, not permitted) is an error at once.
 """
 
 import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,7 +21,9 @@ from typing import Any, TypeVar
 
 import fsspec
 import numpy as np
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+logger = logging.getLogger(__name__)
 
 ATTEMPTS, FIRST_PAUSE, LONGEST_PAUSE = 6, 1.0, 20.0
 """Tries of an operation on a remote store, and the bounds, in seconds, of the random pauses between them."""
@@ -31,6 +34,19 @@ LARGEST_ARRAYS = 2**36
 """Bytes that the arrays of one npz may have when unpacked: a guard against decompression bombs."""
 
 FOR_GOOD = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+LOST_CONNECTION = {
+    "botocore.exceptions": {"ConnectionError", "HTTPClientError"},
+    "aiohttp.client_exceptions": {"ClientConnectionError", "ClientPayloadError"},
+}
+"""Errors, by module and name, that are no OSError and mean a lost connection all the same.
+
+By name, since the libraries are there only where their stores are used.
+"""
+
+
+class StoreUnreachableError(ConnectionError):
+    """A remote store that gave no answer in all the tries; the message names the place."""
 
 
 class CredentialsInUrlError(ValueError):
@@ -66,23 +82,76 @@ def filesystem(url: str) -> tuple[Any, str]:
     return fs, str(found)
 
 
-def _patiently(fs: Any, operation: Callable[[], T]) -> T:
-    """What the operation gives; on a remote store it is tried again when it fails for the moment."""
+def _is_local(fs: Any) -> bool:
+    return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
+
+
+def is_local(url: str) -> bool:
+    """Whether the place is in this machine's file system."""
+    return _is_local(filesystem(url)[0])
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether the same operation may succeed a little later."""
+    if isinstance(error, FOR_GOOD):
+        return False
+    kinds = type(error).__mro__
+    return isinstance(error, OSError) or any(
+        kind.__name__ in LOST_CONNECTION.get(kind.__module__, ()) for kind in kinds
+    )
+
+
+def _patiently(fs: Any, path: str, operation: Callable[[], T]) -> T:
+    """What the operation gives; on a remote store it is tried again when it fails for the moment.
+
+    Raises:
+        StoreUnreachableError: if it fails so each time.
+    """
     if _is_local(fs):
         return operation()
+
+    def warn(state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        logger.warning("%s: %s; trying again in %.1f s", path, error, state.upcoming_sleep)
+
     retrying = Retrying(
-        retry=retry_if_exception(lambda e: isinstance(e, OSError | TimeoutError) and not isinstance(e, FOR_GOOD)),
+        retry=retry_if_exception(_may_pass),
         wait=wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE),
         stop=stop_after_attempt(ATTEMPTS),
+        before_sleep=warn,
         reraise=True,
     )
-    return retrying(operation)
+    try:
+        return retrying(operation)
+    except Exception as error:
+        if not _may_pass(error):
+            raise
+        remedy = "check its address and the network, and give the same command again"
+        raise StoreUnreachableError(
+            f"{path}: the store failed {ATTEMPTS} times, at last so: {error}; {remedy}"
+        ) from error
 
 
 def exists(url: str) -> bool:
     """Whether a file or directory is there."""
     fs, path = filesystem(url)
-    return bool(_patiently(fs, lambda: fs.exists(path)))
+    return bool(_patiently(fs, path, lambda: fs.exists(path)))
+
+
+def is_file(url: str) -> bool:
+    """Whether a file is there."""
+    fs, path = filesystem(url)
+    return bool(_patiently(fs, path, lambda: fs.isfile(path)))
+
+
+def size(url: str) -> int:
+    """Bytes of a file.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+    """
+    fs, path = filesystem(url)
+    return int(_patiently(fs, path, lambda: fs.size(path)))
 
 
 def list_names(url: str) -> list[str]:
@@ -90,25 +159,25 @@ def list_names(url: str) -> list[str]:
     fs, path = filesystem(url)
     if not exists(url):
         return []
-    entries = _patiently(fs, lambda: fs.ls(path, detail=False))
+    entries = _patiently(fs, path, lambda: fs.ls(path, detail=False))
     return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries)
 
 
-def read_bytes(url: str) -> bytes:
-    """Reads a whole file.
+def read_bytes(url: str, start: int = 0) -> bytes:
+    """Reads a file, whole or from an offset on.
 
     Raises:
         FileNotFoundError: if it is not there.
     """
     fs, path = filesystem(url)
-    return bytes(_patiently(fs, lambda: fs.cat_file(path)))
+    return bytes(_patiently(fs, path, lambda: fs.cat_file(path, start=start or None)))
 
 
 def write_bytes(url: str, data: bytes) -> None:
     """Writes a whole file atomically, making its directory where needed."""
     fs, path = filesystem(url)
     if not _is_local(fs):
-        _patiently(fs, lambda: fs.pipe_file(path, data))
+        _patiently(fs, path, lambda: fs.pipe_file(path, data))
         return
     with _written(Path(path), data) as temporary:
         os.replace(temporary, path)
@@ -129,10 +198,6 @@ def create_bytes(url: str, data: bytes) -> bool:
     except FileExistsError:
         return False
     return True
-
-
-def _is_local(fs: Any) -> bool:
-    return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
 
 
 @contextmanager
@@ -159,7 +224,7 @@ def remove(url: str) -> None:
     """Removes a file or a whole directory; nothing happens where there is none."""
     fs, path = filesystem(url)
     if exists(url):
-        _patiently(fs, lambda: fs.rm(path, recursive=True))
+        _patiently(fs, path, lambda: fs.rm(path, recursive=True))
 
 
 def read_json(url: str) -> Any:

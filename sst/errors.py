@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from pydantic import ValidationError
 
-from cluster.storage import CredentialsInUrlError
+from cluster.storage import CredentialsInUrlError, StoreUnreachableError
 from sst.interrupt import Terminated
 
 
@@ -22,8 +22,8 @@ class RunFailedError(Exception):
 def exit_on_user_error() -> Iterator[None]:
     """Prints a `UserError`, or every problem of a configuration, on stderr and exits with code 2.
 
-    A run that failed on the way exits with code 1, one interrupted by Ctrl-C with 130, by SIGTERM with
-    143.
+    A run that failed on the way, or a store that can't be reached, exits with code 1; Ctrl-C with 130,
+    SIGTERM with 143.
 
     Usable as a decorator too.
 
@@ -40,6 +40,9 @@ def exit_on_user_error() -> Iterator[None]:
         raise SystemExit(143 if isinstance(error, Terminated) else 130) from None
     except RunFailedError as error:
         print(f"error: training failed; the same command goes on from the last checkpoint\n{error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except StoreUnreachableError as error:
+        print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except ValidationError as error:
         for problem in error.errors():

@@ -17,9 +17,7 @@ class MetricsFile:
     def __init__(self, run_url: str) -> None:
         """Opens or begins the file."""
         self.url = storage.join(run_url, "metrics.jsonl")
-        fs, path = storage.filesystem(self.url)
-        protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
-        self._path = path if "file" in protocols else None
+        self._path = storage.filesystem(self.url)[1] if storage.is_local(self.url) else None
         self._text = b"" if self._path or not storage.exists(self.url) else storage.read_bytes(self.url)
         self._flushed = 0.0
         if self._path:
@@ -60,10 +58,9 @@ class MetricsReader:
 
     def new_lines(self) -> list[dict[str, Any]]:
         """Whole lines that are new; a line still being written is left for the next look, a torn one is left out."""
-        fs, path = storage.filesystem(self.url)
-        if not fs.exists(path) or fs.size(path) <= self.offset:
+        if not storage.exists(self.url) or storage.size(self.url) <= self.offset:
             return []
-        text = fs.cat_file(path, start=self.offset)
+        text = storage.read_bytes(self.url, self.offset)
         text = text[: text.rfind(b"\n") + 1]
         self.offset += len(text)
         return [line for raw in text.splitlines() if (line := _parse(raw)) is not None]

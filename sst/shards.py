@@ -149,8 +149,7 @@ class Manifest(BaseModel):
             ValueError: if there is no readable manifest of this schema; the message names file and remedy.
         """
         path = storage.join(url, MANIFEST)
-        fs, root = storage.filesystem(url)
-        if fs.isfile(root):
+        if storage.is_file(url):
             raise ValueError(f"{url}: a file, not a directory of shards; give the directory that holds {MANIFEST}")
         if not storage.exists(path):
             what = f"no {MANIFEST} in it" if storage.exists(url) else "no such directory"
@@ -168,11 +167,10 @@ class Manifest(BaseModel):
         Raises:
             ValueError: naming all shards that are missing or of another size.
         """
-        fs, _ = storage.filesystem(url)
         wrong = []
         for shard in self.shards:
             try:
-                size = fs.size(fs._strip_protocol(storage.join(url, shard.file)))
+                size = storage.size(storage.join(url, shard.file))
             except FileNotFoundError:
                 wrong.append(f"{shard.file} is missing ({shard.bytes} bytes expected)")
                 continue

@@ -44,10 +44,9 @@ def validate(url: str, manifest: Manifest) -> list[Problem]:
 
 def _shard_problems(url: str, manifest: Manifest, number: int, shard: ShardInfo, first: int) -> list[Problem]:
     path = storage.join(url, shard.file)
-    fs, place = storage.filesystem(path)
-    if not fs.exists(place):
+    if not storage.exists(path):
         return [Problem(f"{shard.file}: missing ({shard.bytes} bytes expected)", number)]
-    if (size := fs.size(place)) != shard.bytes:
+    if (size := storage.size(path)) != shard.bytes:
         return [Problem(f"{shard.file}: {size} bytes ({shard.bytes} expected)", number)]
     try:
         samples = list(read_shard(path, shard.sha256))

@@ -3,15 +3,23 @@
 import collections
 import errno
 import importlib
+from collections.abc import Callable
 
 import fsspec
 import pytest
 import torch
+from aiohttp import ClientPayloadError, InvalidURL, ServerDisconnectedError
+from botocore.exceptions import (
+    ConnectionClosedError,
+    EndpointConnectionError,
+    NoCredentialsError,
+    ResponseStreamingError,
+)
 
 from cluster import storage
 from sst import preflight, training
 from sst.config import PRESETS
-from sst.errors import UserError
+from sst.errors import UserError, exit_on_user_error
 from sst.preflight import check_disk, check_kept, conflicts, disk_need, out_of_memory, versions
 from tests.small import SETTINGS, files, local_tools, train_locally, write_toy
 
@@ -72,7 +80,7 @@ def test_running_out_of_gpu_memory_names_batch_size_and_a_value_to_try(tmp_path,
 class Flaky:
     """An object store's methods that fail a few times."""
 
-    def __init__(self, fs, failures: int, error: type[Exception]) -> None:
+    def __init__(self, fs, failures: int, error: Callable[[str], Exception]) -> None:
         self.fs, self.left, self.error, self.calls = fs, failures, error, 0
 
     def __getattr__(self, name):
@@ -94,7 +102,7 @@ class Flaky:
 def store(monkeypatch):
     """Makes the memory file system flaky, and the pauses short."""
 
-    def make(failures: int, error: type[Exception]) -> Flaky:
+    def make(failures: int, error: Callable[[str], Exception]) -> Flaky:
         flaky = Flaky(fsspec.filesystem("memory"), failures, error)
         monkeypatch.setattr(storage, "filesystem", lambda url: (flaky, url.partition("://")[2]))
         return flaky
@@ -110,19 +118,39 @@ def test_storage_that_is_away_for_a_moment_is_tried_again(store):
     assert storage.read_bytes("memory://x/a") == b"1" and flaky.calls == storage.ATTEMPTS
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])
+LOST = [
+    EndpointConnectionError(endpoint_url="x"),
+    ConnectionClosedError(endpoint_url="x"),
+    ResponseStreamingError(error="x"),
+    ServerDisconnectedError(),
+    ClientPayloadError(),
+]
+"""What the libraries of the stores raise where a connection is lost: none of it is an OSError."""
+
+
+@pytest.mark.parametrize("error", LOST, ids=lambda error: type(error).__name__)
+def test_a_connection_that_a_library_reports_lost_is_tried_again(store, error):
+    assert not isinstance(error, OSError)
+    fsspec.filesystem("memory").pipe_file("x/a", b"1")
+    flaky = store(2, lambda text: error)
+    assert storage.read_bytes("memory://x/a") == b"1" and flaky.calls == 3
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError, NoCredentialsError, InvalidURL])
 def test_what_a_store_answers_for_good_is_an_error_at_once(store, error):
-    flaky = store(1, error)
+    flaky = store(1, lambda text: error() if error is NoCredentialsError else error(text))
     with pytest.raises(error):
         storage.read_bytes("memory://x/a")
     assert flaky.calls == 1
 
 
-def test_storage_that_stays_away_is_given_up_after_bounded_tries(store):
+def test_storage_that_stays_away_is_given_up_after_bounded_tries(store, caplog, capsys):
     flaky = store(10**6, ConnectionError)
-    with pytest.raises(ConnectionError, match="storage is away"):
+    with pytest.raises(SystemExit) as stop, exit_on_user_error():
         storage.read_bytes("memory://x/a")
-    assert flaky.calls == storage.ATTEMPTS
+    assert stop.value.code == 1 and flaky.calls == storage.ATTEMPTS
+    assert "x/a: the store failed 6 times, at last so: storage is away; check its address" in capsys.readouterr().err
+    assert caplog.text.count("x/a: storage is away; trying again in") == storage.ATTEMPTS - 1
 
 
 def test_a_submitted_job_writes_nowhere_that_goes_away(monkeypatch):
