@@ -58,7 +58,7 @@ def watch(command: list[str]) -> Peak:
 
 
 def main(counts: tuple[int, ...] = (1_000, 20_000)) -> None:
-    """Measures each number of images and prints a table.
+    """Measures each number of images and prints the table so far after each.
 
     Args:
         counts: numbers of images.
@@ -74,7 +74,7 @@ def main(counts: tuple[int, ...] = (1_000, 20_000)) -> None:
             trained = watch([sys.executable, "-m", "jobs.train", "toy-cpu", *place, *SCHEDULE])
         figures = (packed.largest, trained.largest, trained.total, trained.seconds)
         table.add_row(f"{count:,}", *(f"{value:.0f}" for value in figures))
-        Console().print(table)  # at once: the next number of images may take an hour
+        Console().print(table)  # the next number of images may take an hour
 
 
 if __name__ == "__main__":

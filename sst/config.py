@@ -326,7 +326,7 @@ PRESETS: dict[str, tuple[str, TrainSettings]] = {
         ),
     ),
     "toy-cpu": (
-        "the embedded corpus on 2 CPU cores in a few minutes",
+        "the embedded corpus on 2 CPU cores in ten to fifteen minutes",
         TrainSettings(
             network=NetworkSettings(input_size=96, width=64, depth=3, groups=8, descriptor_size=64),
             keypoints=KeypointSettings(outlier_share=0.2, outlier_reference=5_000, outlier_neighbours=7),
