@@ -7,72 +7,24 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from pathlib import Path
 
 import mlflow
 import numpy as np
-import psutil
 import pytest
 import torch
 
 from jobs import evaluate, pack, train
 from sst.shards import Manifest
-
-TINY = """
---network.input-size 64 --network.width 16 --network.depth 2 --network.groups 2 --network.descriptor-size 16
---keypoints.most 20 --cluster.clusters 8 --stage1.warmup-iterations 10 --stage1.rounds 2 --stage1.round-iterations 10
---stage1.pairs 4 --stage1.min-labels 2 --stage1.threshold 0.05 --stage2.iterations 30 --stage2.batch 4
---stage2.min-population 2 --stage2.merge-after 10 --stage2.merge-every 10 --resources.checkpoint-steps 5
---stage2.visible 0.02
-""".split()  # thirty steps leave every landmark unsure, and how unsure depends on the processor
+from tests.runs import all_labels, arguments, lines, model_bytes
 
 
-def arguments(folder: Path, shards: Path, name: str) -> list[str]:
-    return [
-        *("toy-cpu", "--shards", str(shards), "--name", name, "--runs", str(folder / "runs")),
-        *("--tracking", f"sqlite:///{folder}/mlflow.db", *TINY),
-    ]
-
-
-def lines(run: Path) -> list[dict]:
-    path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def model_bytes(run: Path) -> bytes:
-    return (run / "model" / "model.safetensors").read_bytes()
-
-
-def all_labels(run: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(run)): p.read_bytes() for p in sorted(run.glob("rounds/*/labels/*.npz"))}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("whole")
-
-
-@pytest.fixture(scope="module")
-def shards(folder):
-    out = folder / "shards"
-    pack.main(f"toy --count 90 --size 96 --test-share 0.3 --shard-samples 16 --out {out}".split())
-    return out
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def cluster():
     yield
     import ray
 
     ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(folder, shards, cluster):
-    train.main(arguments(folder, shards, "undisturbed"))
-    return folder / "runs" / "undisturbed"
 
 
 def test_a_run_is_scored_pictured_and_tracked(undisturbed, folder):
@@ -125,28 +77,6 @@ def test_evaluate_puts_a_run_beside_its_baselines(undisturbed, capsys):
     assert "constant guess" in capsys.readouterr().out
 
 
-def test_a_killed_worker_costs_nothing_of_the_result(undisturbed, folder, shards):
-    run, killed = folder / "runs" / "worker", []
-
-    def kill_one():
-        while not killed:
-            if any(line.get("phase") == "round 1" for line in lines(run)):
-                for process in psutil.Process().children(recursive=True):  # of this cluster, no other
-                    if "RayTrainWorker" in " ".join(process.cmdline()):
-                        process.kill()
-                        killed.append(process.pid)
-                        return
-            time.sleep(0.05)
-
-    thread = threading.Thread(target=kill_one, daemon=True)
-    thread.start()
-    train.main(arguments(folder, shards, "worker"))
-    assert len(killed) == 1
-    assert any(line["kind"] == "resume" for line in lines(run))
-    assert model_bytes(run) == model_bytes(undisturbed)
-    assert all_labels(run) == all_labels(undisturbed)
-
-
 def test_a_killed_driver_is_followed_by_the_same_command(undisturbed, folder, shards):
     run = folder / "runs" / "driver"
     command = [sys.executable, "-m", "jobs.train", *arguments(folder, shards, "driver")]
@@ -164,7 +94,7 @@ def test_a_killed_driver_is_followed_by_the_same_command(undisturbed, folder, sh
     assert not list(run.rglob("*.tmp"))
 
 
-def test_fewer_descriptors_than_clusters(folder, shards, cluster, capsys):
+def test_fewer_descriptors_than_clusters(folder, shards, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main([*arguments(folder, shards, "few"), "--cluster.clusters", "30000"])
     assert stop.value.code == 2
@@ -172,7 +102,7 @@ def test_fewer_descriptors_than_clusters(folder, shards, cluster, capsys):
     assert not (folder / "runs" / "few").exists()
 
 
-def test_a_corpus_without_annotations_trains_too_and_invisible_landmarks_are_reported(folder, cluster, tmp_path):
+def test_a_corpus_without_annotations_trains_too_and_invisible_landmarks_are_reported(folder, tmp_path):
     import simplejpeg
 
     from sst.toy import draw
@@ -191,17 +121,22 @@ def test_a_corpus_without_annotations_trains_too_and_invisible_landmarks_are_rep
     assert {path.stem for path in (run / "figures").iterdir()} == {"landmarks", "before_after", "rounds"}
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_ends_with_a_code_of_its_own(undisturbed, folder, shards, number, code):
+LONG = {"warm-up": "--stage1.warmup-iterations 20000", "landmarks": "--stage2.iterations 20000"}
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "phase"), [(signal.SIGINT, 130, "landmarks"), (signal.SIGTERM, 143, "warm-up")]
+)
+def test_a_signal_saves_and_ends_with_a_code_of_its_own(folder, shards, number, code, phase):
     run = folder / "runs" / f"interrupted{code}"
-    long = "--resources.checkpoint-steps 100000 --stage2.iterations 20000".split()
+    long = f"--resources.checkpoint-steps 100000 {LONG[phase]}".split()
     command = [sys.executable, "-m", "jobs.train", *arguments(folder, shards, run.name), *long]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     ) as process:
         deadline = time.monotonic() + 240
-        while not any(line.get("phase") == "landmarks" for line in lines(run)):
+        while not any(line.get("phase") == phase for line in lines(run)):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(number)

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 
-from tests.test_ray_run import all_labels, arguments, lines, model_bytes
+from tests.runs import all_labels, arguments, lines, model_bytes
 
 DRIVER = """
 import json, os, sys
@@ -47,25 +48,9 @@ def run_driver(folder: Path, shards: Path, name: str, fault: Path | None) -> sub
     )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("recovery")
-
-
-@pytest.fixture(scope="module")
-def shards(folder):
-    from jobs import pack
-
-    out = folder / "shards"
-    pack.main(f"toy --count 90 --size 96 --test-share 0.3 --shard-samples 16 --out {out}".split())
-    return out
-
-
-@pytest.fixture(scope="module")
-def undisturbed(folder, shards):
-    done = run_driver(folder, shards, "undisturbed", None)
-    assert done.returncode == 0, done.stderr
-    return folder / "runs" / "undisturbed"
+@pytest.fixture(scope="module", autouse=True)
+def no_other_cluster(undisturbed):
+    ray.shutdown()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from jobs import pack
-from tests.test_ray_run import TINY, lines
+from tests.runs import TINY, lines
 
 THRESHOLDS, CLUSTERS = (0.05, 0.99), (8, 20_000)
 """A detector that finds points and one that finds none; clusters that the corpus has, and too many for it."""
