@@ -28,12 +28,21 @@ from sst.tracking import set_environment
 TASK_CPUS = 0.05
 """CPUs that Ray sets aside for a shard task; how many run at once is bounded by `RayMap`."""
 
+
+def usable_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    # Task processes stay for the next round: a new one takes seconds to load torch, and Ray would end them after one
+    # second in which workers hold the CPUs.
+    "RAY_num_workers_soft_limit": str(usable_cpus()),
 }
-"""Set before Ray is imported, unless the caller has set them."""
+"""Set before Ray is imported, unless the caller has set them; the last matters where a cluster is started here."""
 
 
 def start_ray(resources: ResourceSettings) -> bool:
@@ -106,11 +115,6 @@ def check_local_cpus(resources: ResourceSettings) -> None:
             f"{workers} workers with {resources.worker_cpus} CPUs each need more than this machine's "
             f"{usable_cpus()} CPUs; lower --workers, or set RAY_ADDRESS to use a cluster"
         )
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ray_tools(

@@ -39,9 +39,9 @@ LEAST_ROUND = 150
 PASS_SHARE = 2.0
 """Seconds per image of a pass over the corpus without training (decoding, forward, writing), in those of a step."""
 
-WORKER_GB, REST_GB = 1.6, 1.5
-"""Memory of a CPU worker in float32 over all rounds and mergings, and of Ray, the driver and the k-means actor, with
-`faces-cpu` (benchmarks/RESULTS.md)."""
+WORKER_GB, REST_GB = 1.6, 2.8
+"""Memory of a CPU worker in float32 over all rounds and mergings, and of all else (driver, Ray, k-means, tasks on two
+cores), with `faces-cpu` (benchmarks/RESULTS.md)."""
 
 START_SECONDS = 40.0
 """Starting Ray and its workers, and writing the report."""

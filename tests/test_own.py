@@ -36,7 +36,7 @@ SPEED = Speed(stage1=0.127, stage2=0.117, memory_gb=3.5)
     landmarks=st.integers(2, 200),
     cpus=st.integers(1, 256),
     gpus=st.integers(0, 16),
-    memory=st.floats(3.2, 2000),
+    memory=st.floats(4.5, 2000),
 )
 def test_any_folder_and_machine_give_sound_settings(images, landmarks, cpus, gpus, memory):
     settings = choose(images, landmarks, Machine(cpus, gpus, memory))
@@ -54,7 +54,7 @@ def test_thirty_clusters_on_two_cores_are_the_measured_preset():
 
 
 def test_workers_fit_memory():
-    assert workers_for(Machine(64, 0, 8.0)) == 4
+    assert workers_for(Machine(64, 0, 9.5)) == 4
     assert workers_for(Machine(64, 0, 600.0)) == 8
     assert workers_for(Machine(64, 3, 600.0)) == 2
     with pytest.raises(UserError, match="1.0 GB of memory are free"):

@@ -5,8 +5,9 @@ import pytest
 from jobs import evaluate, pack, train
 
 SHORT = """
---stage1.warmup-iterations 250 --stage1.rounds 2 --stage1.round-iterations 100 --stage2.batch 16
---stage2.iterations 1500 --stage2.milestones 1250 1400 --stage2.merge-after 700 --stage2.merge-every 350
+--network.input-size 64 --stage1.warmup-iterations 250 --stage1.rounds 2 --stage1.round-iterations 100
+--stage2.batch 16 --stage2.iterations 1000 --stage2.milestones 800 900 --stage2.merge-after 500
+--stage2.merge-every 250
 """.split()
 
 

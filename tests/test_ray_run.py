@@ -8,13 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import mlflow
 import numpy as np
 import pytest
 import torch
 
+from cluster.dispatch import RayMap
 from jobs import evaluate, pack, train
+from sst.distributed import TASK_CPUS
 from sst.shards import Manifest
 from tests.runs import all_labels, arguments, lines, model_bytes
 
@@ -68,6 +71,20 @@ def test_other_settings_under_the_same_name_are_refused(undisturbed, folder, sha
         train.main([*arguments(folder, shards, "undisturbed"), "--seed", "1"])
     assert stop.value.code == 2
     assert "seed: 0 -> 1" in capsys.readouterr().err
+
+
+def test_task_processes_stay_while_workers_train(undisturbed):
+    """Each has loaded torch, which takes seconds; Ray would end them where trainers hold the CPUs."""
+    import ray
+
+    trainers = ray.remote(num_cpus=1.8)(Counter).remote()
+    ray.get(trainers.__ray_ready__.remote())
+    run_on_shards = RayMap(TASK_CPUS)
+    before = run_on_shards(os.getpid, [()] * 4)
+    time.sleep(3)  # a second without work is what Ray waits
+    after = run_on_shards(os.getpid, [()] * 4)
+    ray.kill(trainers)
+    assert set(after) <= set(before)
 
 
 def test_evaluate_puts_a_run_beside_its_baselines(undisturbed, capsys):
