@@ -28,21 +28,12 @@ from sst.tracking import set_environment
 TASK_CPUS = 0.05
 """CPUs that Ray sets aside for a shard task; how many run at once is bounded by `RayMap`."""
 
-
-def usable_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-    # Task processes stay for the next round: a new one takes seconds to load torch, and Ray would end them after one
-    # second in which workers hold the CPUs.
-    "RAY_num_workers_soft_limit": str(usable_cpus()),
 }
-"""Set before Ray is imported, unless the caller has set them; the last matters where a cluster is started here."""
+"""Set before Ray is imported, unless the caller has set them."""
 
 
 def start_ray(resources: ResourceSettings) -> bool:
@@ -54,7 +45,9 @@ def start_ray(resources: ResourceSettings) -> bool:
     Raises:
         UserError: if the cluster is smaller than `resources` asks for.
     """
-    set_environment(RAY_ENVIRONMENT)
+    # For a cluster that is started here. Task processes stay for the next round: a new one takes seconds to load torch,
+    # and Ray would end them after one second in which workers hold the CPUs.
+    set_environment(RAY_ENVIRONMENT | {"RAY_num_workers_soft_limit": str(usable_cpus())})
     joins = bool(os.environ.get("RAY_ADDRESS"))
     if not joins and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
         # Ray's own servers listen on every interface; without this token nobody else can use them. Ray reads both
@@ -115,6 +108,11 @@ def check_local_cpus(resources: ResourceSettings) -> None:
             f"{workers} workers with {resources.worker_cpus} CPUs each need more than this machine's "
             f"{usable_cpus()} CPUs; lower --workers, or set RAY_ADDRESS to use a cluster"
         )
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ray_tools(

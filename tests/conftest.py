@@ -33,11 +33,11 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shards(folder) -> Path:
+def shards(tmp_path_factory) -> Path:
     """A corpus of drawings for whole runs."""
     from jobs import pack
 
-    out = folder / "shards"
+    out = tmp_path_factory.mktemp("corpus") / "shards"
     pack.main(f"toy --count 90 --size 96 --test-share 0.3 --shard-samples 16 --out {out}".split())
     return out
 

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import ray
 
 from tests.runs import all_labels, arguments, lines, model_bytes
 
@@ -50,6 +49,8 @@ def run_driver(folder: Path, shards: Path, name: str, fault: Path | None) -> sub
 
 @pytest.fixture(scope="module", autouse=True)
 def no_other_cluster(undisturbed):
+    import ray  # not above: whoever imports it before a run decides whether the run's cluster has a token
+
     ray.shutdown()
 
 

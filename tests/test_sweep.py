@@ -10,7 +10,6 @@ import mlflow
 import psutil
 import pytest
 
-from jobs import pack
 from tests.runs import TINY, lines
 
 THRESHOLDS, CLUSTERS = (0.05, 0.99), (8, 20_000)
@@ -18,14 +17,14 @@ THRESHOLDS, CLUSTERS = (0.05, 0.99), (8, 20_000)
 TRIALS = [(threshold, clusters) for threshold in THRESHOLDS for clusters in CLUSTERS]
 
 
-def command(folder: Path, *more: str) -> list[str]:
+def command(folder: Path, shards: Path, *more: str) -> list[str]:
     tiny = [*TINY]
     for name in ("--cluster.clusters", "--stage1.threshold"):
         at = tiny.index(name)
         del tiny[at : at + 2]
     tiny += ["--register", "small"]
     return [
-        *(sys.executable, "-m", "jobs.tune", "toy-cpu", "--shards", str(folder / "shards"), "--name", "sweep"),
+        *(sys.executable, "-m", "jobs.tune", "toy-cpu", "--shards", str(shards), "--name", "sweep"),
         *("--runs", str(folder / "runs"), "--tracking", f"sqlite:///{folder}/mlflow.db", *tiny),
         *("--vary", "stage1.threshold=" + ",".join(map(str, THRESHOLDS))),
         *("--vary", "cluster.clusters=" + ",".join(map(str, CLUSTERS)), *more),
@@ -44,13 +43,12 @@ def wait_for(what, process: subprocess.Popen, log: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, shards):
     """A sweep that is over: the first trial's process was killed in training, the command after the second trial."""
     folder = tmp_path_factory.mktemp("sweep")
-    pack.main(f"toy --count 90 --size 96 --test-share 0.3 --shard-samples 16 --out {folder / 'shards'}".split())
     trials, log = folder / "runs" / "sweep" / "trials", folder / "first.log"
     with open(log, "w") as file:
-        process = subprocess.Popen(command(folder), stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command(folder, shards), stdout=file, stderr=subprocess.STDOUT)
     try:
         wait_for(lambda: any(line.get("step", 0) >= 10 for line in lines(trials / "000")), process, log)
         titles = {p: " ".join(p.cmdline()) for p in below(process)}
@@ -63,7 +61,7 @@ def folder(tmp_path_factory):
             each.kill()
         process.wait()
     (folder / "trained").write_text(json.dumps([len(lines(trials / name)) for name in ("000", "001")]))
-    again = subprocess.run(command(folder, "--resume"), capture_output=True, text=True)
+    again = subprocess.run(command(folder, shards, "--resume"), capture_output=True, text=True)
     (folder / "again.log").write_text(again.stdout + again.stderr)
     assert again.returncode == 0, again.stdout + again.stderr
     return folder
@@ -114,8 +112,8 @@ def test_the_sweep_is_a_parent_run_with_nested_trials_and_a_registered_model(fol
     assert version.run_id == best.info.run_id
 
 
-def test_a_sweep_is_not_begun_twice(folder):
-    again = subprocess.run(command(folder), capture_output=True, text=True)
+def test_a_sweep_is_not_begun_twice(folder, shards):
+    again = subprocess.run(command(folder, shards), capture_output=True, text=True)
     assert again.returncode == 2 and "--resume" in again.stderr
-    other = subprocess.run(command(folder, "--resume", "--seed", "7"), capture_output=True, text=True)
+    other = subprocess.run(command(folder, shards, "--resume", "--seed", "7"), capture_output=True, text=True)
     assert other.returncode == 2 and "seed: 0 -> 7" in other.stderr
