@@ -9,8 +9,8 @@ import statistics
 import torch
 
 from benchmarks.common import device_of_run, idle_share, machine, print_table, settings_of, summed_up, wall_seconds
-from sst import augment
-from sst.batch import random_batch
+from sst.nn import augment
+from sst.nn.steps import random_batch
 
 
 def main() -> None:

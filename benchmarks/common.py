@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import torch
 
-from sst.arithmetic import Precision
-from sst.augment import STRONGER, Augmentation
-from sst.network import NetworkShape
+from sst.nn.augment import STRONGER, Augmentation
+from sst.nn.network import NetworkShape
+from sst.nn.precision import Precision
 
 Size = Literal["full", "cpu"]
 

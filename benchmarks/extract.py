@@ -12,17 +12,17 @@ import torch
 from torch import nn
 
 from benchmarks.common import device_of_run, idle_share, machine, print_table, settings_of, summed_up, wall_seconds
-from sst.arithmetic import laid_out
-from sst.batch import describe, keypoint_maps, random_batch
-from sst.losses import sample_descriptors
-from sst.network import DetectorDescriptor
-from sst.suppression import decode_keypoints, unite
+from sst.nn.losses import sample_descriptors
+from sst.nn.network import DetectorDescriptor
+from sst.nn.precision import laid_out
+from sst.nn.steps import describe, keypoint_maps, random_batch
+from sst.nn.suppression import decode_keypoints, unite
 
 POINTS = 30
 """Keypoints and previous labels of an image."""
 
 RADIUS = 1.0
-"""As in `sst.extraction.SUPPRESSION`."""
+"""As in `sst.train.extraction.SUPPRESSION`."""
 
 
 def main() -> None:

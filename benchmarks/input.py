@@ -19,13 +19,13 @@ from rich.table import Table
 
 from benchmarks.common import core_seconds, idle_share, machine, summed_up
 from benchmarks.published import pair_table, stage1_pair
-from sst import augment as augment_module
-from sst.augment import Augmentation, augment
-from sst.batch import Batch
-from sst.data import collate, decode_to_view
-from sst.losses import detector_target, pair_masks
-from sst.shards import RawSample, SampleMeta
-from sst.toy import draw
+from sst.corpora.drawings import draw
+from sst.data.loader import collate, decode_to_view
+from sst.data.shards import RawSample, SampleMeta
+from sst.nn import augment as augment_module
+from sst.nn.augment import Augmentation, augment
+from sst.nn.losses import detector_target, pair_masks
+from sst.nn.steps import Batch
 
 CLUSTERS = 100
 """K of the published runs on faces."""

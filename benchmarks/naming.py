@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster import storage
-from sst.evaluation import PROTOCOLS
-from sst.naming import Examples, curve
-from sst.pipeline import open_corpus
-from sst.rounds import RunDirectory
-from sst.scoring import Annotated as AnnotatedImages
-from sst.scoring import protocol_of
+from sst.predict.naming import Examples, curve
+from sst.report.evaluate_run import Annotated as AnnotatedImages
+from sst.report.evaluate_run import protocol_of
+from sst.report.evaluation import PROTOCOLS
+from sst.run.pipeline import open_corpus
+from sst.train.run_directory import RunDirectory
 
 
 def main(

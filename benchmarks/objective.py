@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
-from sst.objective import round_error
-from sst.sweep import REDUCTION
+from sst.tune.objective import round_error
+from sst.tune.sweep import REDUCTION
 
 MORE_IS_BETTER = ("label_persistence", "visible_share", "repeatability", "landmarks", "labels_per_image")
 

@@ -10,7 +10,7 @@ ours.
 import cv2
 import numpy as np
 
-from sst.augment import Augmentation
+from sst.nn.augment import Augmentation
 
 MOST_PAIRS = 3_000
 """Rows of the table of pairs."""

@@ -15,7 +15,7 @@ import tyro
 from benchmarks.common import machine, print_table, summed_up
 
 CORRESPONDENCE = ("extract", "kmeans", "assign", "figures")
-"""Parts of the correspondence phase, as `sst.rounds.RoundRecord.seconds` names them."""
+"""Parts of the correspondence phase, as `sst.train.run_directory.RoundRecord.seconds` names them."""
 
 
 def rounds_of(run: Path) -> list[dict[str, float]]:

@@ -20,11 +20,11 @@ import numpy as np
 
 from benchmarks.common import idle_share, machine, print_table, summed_up
 from cluster import storage
-from sst import evaluation
-from sst.round_making import Corpus
-from sst.rounds import RunDirectory
-from sst.scoring import Annotated, score_run
-from sst.shards import SampleMeta, ShardWriter
+from sst.data.shards import SampleMeta, ShardWriter
+from sst.report import evaluation
+from sst.report.evaluate_run import Annotated, score_run
+from sst.train.rounds import Corpus
+from sst.train.run_directory import RunDirectory
 
 TRAIN, TEST, POINTS, MODES = 1000, 300, 68, 10
 MISSING = 0.15

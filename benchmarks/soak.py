@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sst.config import PRESETS, TrainSettings
-from sst.own import scaled
+from sst.run.own import scaled
 
 DEMO_MINUTES = 8.0
 """What the toy-cpu preset takes on two cores."""

@@ -27,10 +27,10 @@ from benchmarks.common import (
     synchronise,
     wall_seconds,
 )
-from sst.arithmetic import has_bf16, keep_freed_memory
-from sst.batch import random_batch, stage1_losses, stage2_losses
-from sst.network import DetectorDescriptor, LandmarkDetector
-from sst.update import Update
+from sst.nn.network import DetectorDescriptor, LandmarkDetector
+from sst.nn.optimizer import Update
+from sst.nn.precision import has_bf16, keep_freed_memory
+from sst.nn.steps import random_batch, stage1_losses, stage2_losses
 
 FULL_FLOP = 62e9
 """Of a training step for an image at full size: three times those of a forward pass."""

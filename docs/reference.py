@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from sst.config import PRESETS, TrainSettings
-from sst.pipeline import differences
+from sst.run.pipeline import differences
 
 PAGE = Path(__file__).with_name("reference.md")
 

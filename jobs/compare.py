@@ -11,10 +11,10 @@ import tyro
 from pydantic import BaseModel, ConfigDict
 
 from cluster import storage
-from sst.comparison import comparison_page, fetch_runs, track_page
 from sst.errors import exit_on_user_error
-from sst.preflight import check_kept
-from sst.tracking import DEFAULT_URI
+from sst.run.preflight import check_kept
+from sst.run.tracking import DEFAULT_URI
+from sst.tune.comparison import comparison_page, fetch_runs, track_page
 
 
 class CompareCommand(BaseModel):

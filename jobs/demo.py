@@ -10,11 +10,11 @@ from jobs import pack
 from jobs.evaluate import Run, evaluate_run
 from jobs.train import print_outcome
 from sst.config import PRESETS
+from sst.data.shards import MANIFEST
 from sst.errors import exit_on_user_error
-from sst.pipeline import Tracking, train_run
-from sst.preflight import check_kept
-from sst.shards import MANIFEST
-from sst.tracking import DEFAULT_URI
+from sst.run.pipeline import Tracking, train_run
+from sst.run.preflight import check_kept
+from sst.run.tracking import DEFAULT_URI
 
 
 class Demo(BaseModel):

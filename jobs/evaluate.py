@@ -11,12 +11,12 @@ from rich.table import Table
 from cluster import storage
 from sst.config import TrainSettings
 from sst.errors import UserError, exit_on_user_error
-from sst.evaluation import Scores, evaluate
-from sst.model import load_model
-from sst.pipeline import open_corpus, percent
-from sst.rounds import RunDirectory
-from sst.scoring import Annotated as AnnotatedImages
-from sst.scoring import score_constant, score_first_keypoints, score_run
+from sst.report.evaluate_run import Annotated as AnnotatedImages
+from sst.report.evaluate_run import score_constant, score_first_keypoints, score_run
+from sst.report.evaluation import Scores, evaluate
+from sst.run.pipeline import open_corpus, percent
+from sst.train.model import load_model
+from sst.train.run_directory import RunDirectory
 
 
 class Run(BaseModel):

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict
 
 from cluster import storage
 from sst.errors import UserError, exit_on_user_error
-from sst.export import export
-from sst.prediction import open_model
-from sst.preflight import check_kept
+from sst.predict.export import export
+from sst.predict.predictor import open_model
+from sst.run.preflight import check_kept
 
 
 class Export(BaseModel):

@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import storage
 from sst.errors import UserError, exit_on_user_error
-from sst.network import LandmarkDetector
-from sst.preflight import check_kept
-from sst.published import RECORD, Published, read_published, save_published
+from sst.nn.network import LandmarkDetector
+from sst.predict.published import RECORD, Published, read_published, save_published
+from sst.run.preflight import check_kept
 
 
 class ImportCheckpoint(BaseModel):

@@ -17,8 +17,8 @@ from rich.table import Table
 from cluster import storage
 from sst.corpora import folder
 from sst.errors import UserError, exit_on_user_error
-from sst.naming import VIEW, Examples, curve, learn, save_names
-from sst.prediction import Found, Target, in_view, open_model, predict
+from sst.predict.naming import VIEW, Examples, curve, learn, save_names
+from sst.predict.predictor import Found, Target, in_view, open_model, predict
 from sst.progress import with_progress
 
 COUNTS = (1, 5, 10, 50, 300)

@@ -12,14 +12,13 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import storage
-from sst import packing
-from sst.corpora import bbcpose, celeba, folder, human36m, ls3d, toy
+from sst.corpora import bbcpose, celeba, folder, human36m, ls3d, packing, toy
+from sst.corpora.packing import Item
+from sst.corpora.validation import validate
+from sst.data.shards import MANIFEST, Manifest, ShardWriter
 from sst.errors import UserError, exit_on_user_error
-from sst.packing import Item
-from sst.preflight import check_kept
 from sst.progress import with_progress
-from sst.shards import MANIFEST, Manifest, ShardWriter
-from sst.validation import validate
+from sst.run.preflight import check_kept
 
 
 class Pack(BaseModel):

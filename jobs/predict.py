@@ -20,11 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import storage
 from sst.errors import UserError, exit_on_user_error
-from sst.naming import load_names
-from sst.overlay import draw_landmarks
-from sst.prediction import Found, Rows, Unreadable, as_coco, as_csv, find_sources, open_model, predict
-from sst.preflight import check_kept
+from sst.predict.naming import load_names
+from sst.predict.overlay import draw_landmarks
+from sst.predict.predictor import Found, Rows, Unreadable, as_coco, as_csv, find_sources, open_model, predict
 from sst.progress import with_progress
+from sst.run.preflight import check_kept
 
 OUTPUTS = ("predictions.json", "predictions.csv", "named.json", "named.csv", "pictures", "named_pictures", "video.mp4")
 

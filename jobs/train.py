@@ -20,16 +20,16 @@ from rich.table import Table
 
 from cluster import storage
 from jobs import pack
-from sst.advice import FEW_IMAGES
 from sst.config import PRESETS, TrainSettings
 from sst.corpora import folder
+from sst.data.shards import MANIFEST
 from sst.errors import UserError, exit_on_user_error
-from sst.own import choose, expected_seconds, measure, reasons, this_machine, within
-from sst.pipeline import Outcome, Tracking, differences, open_corpus, percent, train_run
-from sst.preflight import check_kept
 from sst.progress import duration
-from sst.shards import MANIFEST
-from sst.tracking import DEFAULT_URI, redact
+from sst.report.advice import FEW_IMAGES
+from sst.run.own import choose, expected_seconds, measure, reasons, this_machine, within
+from sst.run.pipeline import Outcome, Tracking, differences, open_corpus, percent, train_run
+from sst.run.preflight import check_kept
+from sst.run.tracking import DEFAULT_URI, redact
 
 OWN_MAX_SKIPPED = 0.2
 """Share of unusable files that a folder of one's own may hold."""

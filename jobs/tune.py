@@ -17,12 +17,12 @@ from rich.table import Table
 from cluster import storage
 from sst.config import PRESETS, TrainSettings
 from sst.errors import UserError, exit_on_user_error
-from sst.objective import Objective
-from sst.pipeline import Tracking, with_absolute_weights
-from sst.preflight import check_kept
-from sst.search_space import default_space, draw_trials, parse_space, read_space
-from sst.sweep import Sweep, TrialRecord, best_of, run_sweep, told
-from sst.tracking import DEFAULT_URI, absolute_uri
+from sst.run.pipeline import Tracking, with_absolute_weights
+from sst.run.preflight import check_kept
+from sst.run.tracking import DEFAULT_URI, absolute_uri
+from sst.tune.objective import Objective
+from sst.tune.search_space import default_space, draw_trials, parse_space, read_space
+from sst.tune.sweep import Sweep, TrialRecord, best_of, run_sweep, told
 
 LOG_WIDTH = 200
 """Columns of the table where no terminal says how many there are: in the log of a job."""

@@ -11,9 +11,9 @@ from typing import Annotated
 import tyro
 from pydantic import BaseModel, ConfigDict
 
+from sst.corpora.validation import validate
+from sst.data.shards import Manifest
 from sst.errors import UserError, exit_on_user_error
-from sst.shards import Manifest
-from sst.validation import validate
 
 
 class Validate(BaseModel):

@@ -9,10 +9,10 @@ from typing import Annotated, Literal, Self
 import tyro
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from sst.arithmetic import Precision
-from sst.augment import STRONGER, Augmentation
-from sst.geometry import STRIDE
-from sst.network import NetworkShape
+from sst.nn.augment import STRONGER, Augmentation
+from sst.nn.geometry import STRIDE
+from sst.nn.network import NetworkShape
+from sst.nn.precision import Precision
 
 Positive = Annotated[int, Field(gt=0)]
 Channels = Annotated[int, Field(gt=0, le=4096)]

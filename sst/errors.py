@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pydantic import ValidationError
 
 from cluster.storage import CredentialsInUrlError, StoreUnreachableError
-from sst.interrupt import Terminated
+from sst.run.interrupt import Terminated
 
 
 class UserError(Exception):

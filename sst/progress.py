@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from rich.markup import escape
 
-from sst.schedule import Phase
+from sst.train.schedule import Phase
 
 T = TypeVar("T")
 

@@ -18,21 +18,21 @@ from pydantic import ValidationError
 
 from cluster import storage
 from cluster.shards import Descriptors, Labels
-from sst.checkpoint import latest_checkpoint, write_checkpoint
 from sst.config import TrainSettings
 from sst.corpora import folder
+from sst.corpora.drawings import draw
+from sst.corpora.packing import UnusableImage, read_image
+from sst.data.shards import Manifest, SampleMeta, ShardWriter, decode_jpeg_scaled, read_shard
 from sst.errors import UserError
-from sst.metrics import MetricsFile, MetricsReader
-from sst.model import load_model, save_model
-from sst.naming import NamedPoints, load_names, save_names
-from sst.network import LandmarkDetector
-from sst.packing import UnusableImage, read_image
-from sst.published import read_published
-from sst.rounds import LandmarkRecord, RoundRecord, RunDirectory
-from sst.search_space import parse_space, read_space
-from sst.shards import Manifest, SampleMeta, ShardWriter, decode_jpeg_scaled, read_shard
-from sst.toy import draw
-from sst.update import Update
+from sst.nn.network import LandmarkDetector
+from sst.nn.optimizer import Update
+from sst.predict.naming import NamedPoints, load_names, save_names
+from sst.predict.published import read_published
+from sst.run.metrics import MetricsFile, MetricsReader
+from sst.train.checkpoint import latest_checkpoint, write_checkpoint
+from sst.train.model import load_model, save_model
+from sst.train.run_directory import LandmarkRecord, RoundRecord, RunDirectory
+from sst.tune.search_space import parse_space, read_space
 from tests.small import SETTINGS
 
 

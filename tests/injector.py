@@ -15,15 +15,15 @@ from pathlib import Path
 import psutil
 
 PLACES = {
-    "stage 1": ("sst.training", "stage1_losses", 12),
-    "extraction": ("sst.round_making", "extract_descriptors", 2),
+    "stage 1": ("sst.train.trainer", "stage1_losses", 12),
+    "extraction": ("sst.train.rounds", "extract_descriptors", 2),
     "k-means": ("cluster.actor", "fit", 2),
     "assignment": ("cluster.actor", "assign_shard", 2),
-    "checkpoint": ("sst.checkpoint", "_plain", 7),  # between the two files of the fourth checkpoint
-    "stage 2": ("sst.training", "stage2_losses", 15),
-    "merging": ("sst.round_making", "count_overlaps", 2),
-    "merged labels": ("sst.round_making", "apply_merge", 1),
-    "prediction": ("sst.training", "predict_shard", 2),
+    "checkpoint": ("sst.train.checkpoint", "_plain", 7),  # between the two files of the fourth checkpoint
+    "stage 2": ("sst.train.trainer", "stage2_losses", 15),
+    "merging": ("sst.train.rounds", "count_overlaps", 2),
+    "merged labels": ("sst.train.rounds", "apply_merge", 1),
+    "prediction": ("sst.train.trainer", "predict_shard", 2),
 }
 """Place: module, function, and at which of its calls in one process."""
 

@@ -19,13 +19,13 @@ from sst.config import (
     Stage2Settings,
     TrainSettings,
 )
-from sst.first_round import make_first_round
-from sst.group import Group
-from sst.round_making import Corpus, Tools
-from sst.rounds import RunDirectory
-from sst.shards import SampleMeta, ShardWriter
-from sst.toy import draw
-from sst.training import Trainer
+from sst.corpora.drawings import draw
+from sst.data.shards import SampleMeta, ShardWriter
+from sst.train.first_round import make_first_round
+from sst.train.rounds import Corpus, Tools
+from sst.train.run_directory import RunDirectory
+from sst.train.trainer import Trainer
+from sst.train.workers import Group
 
 SETTINGS = TrainSettings(
     network=NetworkSettings(input_size=64, width=16, depth=2, groups=2, descriptor_size=16),

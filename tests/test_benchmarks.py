@@ -3,10 +3,10 @@
 from benchmarks.round import rounds_of
 from cluster.actor import read_sample
 from cluster.kmeans import fit
-from sst.metrics import MetricsFile
-from sst.pipeline import claim, open_corpus
-from sst.round_making import Tools
-from sst.rounds import RunDirectory
+from sst.run.metrics import MetricsFile
+from sst.run.pipeline import claim, open_corpus
+from sst.train.rounds import Tools
+from sst.train.run_directory import RunDirectory
 from tests.small import SETTINGS, train_locally, write_toy
 
 

@@ -17,10 +17,11 @@ from PIL import Image
 from cluster import storage
 from docs import reference
 from jobs import compare, demo, train, tune
-from sst import comparison, own, sweep
-from sst.pipeline import claim, finish_run, open_corpus
-from sst.rounds import RunDirectory
-from sst.toy import draw
+from sst.corpora.drawings import draw
+from sst.run import own
+from sst.run.pipeline import claim, finish_run, open_corpus
+from sst.train.run_directory import RunDirectory
+from sst.tune import comparison, sweep
 from tests.small import SETTINGS, local_tools, train_locally
 
 ROOT = Path(__file__).parents[1]

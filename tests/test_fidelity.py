@@ -10,13 +10,13 @@ import torch
 
 from cluster.shards import Descriptors, Labels
 from jobs import train
-from sst.batch import Batch, stage1_losses, stage2_losses
 from sst.config import PRESETS
-from sst.extraction import extract_descriptors
-from sst.geometry import box_to_view
-from sst.network import DetectorDescriptor, LandmarkDetector
-from sst.round_making import Corpus
-from sst.suppression import decode_landmarks
+from sst.nn.geometry import box_to_view
+from sst.nn.network import DetectorDescriptor, LandmarkDetector
+from sst.nn.steps import Batch, stage1_losses, stage2_losses
+from sst.nn.suppression import decode_landmarks
+from sst.train.extraction import extract_descriptors
+from sst.train.rounds import Corpus
 from tests.small import SETTINGS, local_tools, train_locally, write_scenes
 
 PUBLISHED = {
@@ -229,7 +229,7 @@ def test_the_last_incomplete_batch_is_clustered_too(corpus, monkeypatch):
     torch.manual_seed(0)
     model = DetectorDescriptor(SETTINGS.network.shape).eval()
     whole = extracted(model, corpus)
-    monkeypatch.setattr("sst.extraction.BATCH", 4)
+    monkeypatch.setattr("sst.train.extraction.BATCH", 4)
     parts = extracted(model, corpus)
     assert [len(shard) for shard in parts] == [6, 6, 3]
     for one, other in zip(whole, parts, strict=True):

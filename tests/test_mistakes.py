@@ -10,12 +10,12 @@ from PIL import Image
 from jobs import evaluate, export, import_checkpoint, pack, predict, train
 from jobs import name as naming
 from sst.config import PRESETS
+from sst.corpora.drawings import draw
 from sst.errors import UserError
-from sst.model import save_model
-from sst.network import LandmarkDetector
-from sst.pipeline import as_begun, claim, open_corpus
-from sst.rounds import RunDirectory
-from sst.toy import draw
+from sst.nn.network import LandmarkDetector
+from sst.run.pipeline import as_begun, claim, open_corpus
+from sst.train.model import save_model
+from sst.train.run_directory import RunDirectory
 from tests.small import SETTINGS, write_toy
 
 

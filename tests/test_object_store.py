@@ -10,7 +10,7 @@ import s3fs
 from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
 from cluster import storage
-from sst.lock import RunHeldError, RunLock
+from sst.run.lock import RunHeldError, RunLock
 from tests.proxy import Proxy
 from tests.small import files, local_tools, train_locally, write_toy
 

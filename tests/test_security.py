@@ -20,12 +20,12 @@ import torch
 from cluster import storage
 from jobs import pack, predict, train
 from sst.config import TrainSettings
+from sst.corpora.packing import UnusableImage, read_image
+from sst.data.shards import decode_jpeg_scaled, read_shard
 from sst.errors import UserError
-from sst.model import load_model
-from sst.packing import UnusableImage, read_image
-from sst.pipeline import claim, open_corpus
-from sst.rounds import RunDirectory
-from sst.shards import decode_jpeg_scaled, read_shard
+from sst.run.pipeline import claim, open_corpus
+from sst.train.model import load_model
+from sst.train.run_directory import RunDirectory
 from tests.small import SETTINGS, write_toy
 
 ROOT = Path(__file__).parents[1]
@@ -279,7 +279,7 @@ def connections(process: int) -> list:
 def test_nobody_else_can_use_the_cluster_that_a_run_starts():
     """Its dashboard listens on loopback only; Ray's other servers, on all interfaces, want the run's token."""
     script = (
-        "from sst.config import ResourceSettings\nfrom sst.distributed import start_ray\n"
+        "from sst.config import ResourceSettings\nfrom sst.run.distributed import start_ray\n"
         "start_ray(ResourceSettings(workers=1))\nimport ray, sys\n"
         "@ray.remote\ndef work():\n    return 7\n"
         "assert ray.get(work.remote()) == 7\n"

@@ -1,1 +1,1 @@
-"""Where images come from: one module per source, each giving what `sst.packing` packs."""
+"""Where images come from: one module per source, each giving what `sst.corpora.packing` packs."""

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from sst.corpora.files import find, names_in, read_mat, refuse_missing
+from sst.corpora.packing import Annotated, Item, read_image
+from sst.data.shards import Split
 from sst.errors import UserError
-from sst.packing import Annotated, Item, read_image
-from sst.shards import Split
 
 VIDEOS = 20
 JOINTS = 7

@@ -13,9 +13,9 @@ import numpy as np
 
 from sst.corpora.faces import Box, box_of_five, grown_box
 from sst.corpora.files import additions, find, names_in, read_lines, refuse_missing
+from sst.corpora.packing import Annotated, Item, UnusableImage, read_image
+from sst.data.shards import Split
 from sst.errors import UserError
-from sst.packing import Annotated, Item, UnusableImage, read_image
-from sst.shards import Split
 
 WIDTH, HEIGHT = 178, 218
 LANDMARKS = 68

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from sst.corpora.packing import Annotated, Item, read_image, split_of
+from sst.data.shards import Split
 from sst.errors import UserError
-from sst.packing import Annotated, Item, read_image, split_of
-from sst.shards import Split
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 

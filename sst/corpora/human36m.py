@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from sst.corpora.files import find, names_in, refuse_missing
+from sst.corpora.packing import Annotated, Item, UnusableImage
+from sst.data.shards import Split
 from sst.errors import UserError
-from sst.geometry import transform_points
-from sst.packing import Annotated, Item, UnusableImage
-from sst.shards import Split
+from sst.nn.geometry import transform_points
 
 SUBJECTS: dict[str, Split] = {
     "S1": "train",

@@ -14,9 +14,9 @@ import numpy as np
 from sst.corpora import torch7
 from sst.corpora.faces import Box, extent_box, grown_box
 from sst.corpora.files import additions, find, names_in, read_mat, refuse_missing
+from sst.corpora.packing import Annotated, Item, UnusableImage, read_image
+from sst.data.shards import Split
 from sst.errors import UserError
-from sst.packing import Annotated, Item, UnusableImage, read_image
-from sst.shards import Split
 
 LANDMARKS = 68
 PARTS = ("AFW", "HELEN", "IBUG", "LFPW")

@@ -2,8 +2,8 @@
 
 from functools import partial
 
+from sst.corpora.packing import Annotated, Item, split_of
 from sst.errors import UserError
-from sst.packing import Annotated, Item, split_of
 
 
 def items(count: int, seed: int, size: int, test_share: float = 0.1) -> list[Item]:
@@ -22,7 +22,7 @@ def items(count: int, seed: int, size: int, test_share: float = 0.1) -> list[Ite
         raise UserError(f"count: at least 1 image is needed, got {count}")
 
     def load(index: int) -> Annotated:
-        from sst.toy import draw
+        from sst.corpora.drawings import draw
 
         drawn = draw(seed, index, size)
         return Annotated(drawn.image, drawn.box, drawn.points, drawn.visible)

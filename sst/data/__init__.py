@@ -1,0 +1,1 @@
+"""Image shards, their decoding and the loader that training reads them with."""

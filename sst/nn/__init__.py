@@ -1,0 +1,1 @@
+"""What happens on the device: network, views, losses and steps; torch and numpy alone."""

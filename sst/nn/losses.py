@@ -1,0 +1,142 @@
+"""Targets and losses of both stages, over padded point arrays: no loop over images or points.
+
+B batch, N M points of the two views, K landmarks, D descriptor size, H W heatmap. Points are (x, y) in heatmap
+units; cluster -1 marks padding. Source: Mallis et al. 2020, sections 3.1 to 3.3.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sst.nn.geometry import sampling_grid
+
+BUMP_VARIANCE = 0.5625
+"""A Gaussian of this variance is the published bump: 1 at the centre, 0.411 beside it, 0.169 at the corners."""
+
+
+def sample_descriptors(desc_BDHW: Tensor, points_BN2: Tensor) -> Tensor:
+    """Reads a descriptor map bilinearly at points; (B, N, D)."""
+    height, width = desc_BDHW.shape[-2:]
+    grid_BN12 = sampling_grid(points_BN2, height, width)[:, :, None]
+    sampled = functional.grid_sample(
+        desc_BDHW, grid_BN12.to(desc_BDHW.dtype), align_corners=True, padding_mode="border"
+    )
+    return sampled[..., 0].transpose(1, 2)
+
+
+def detector_target(
+    points_BN2: Tensor, cluster_BN: Tensor, height: int, width: int, kind: Literal["cell", "bump"] = "cell"
+) -> Tensor:
+    """What the detector should draw, 0 where no label is near; (B, 1, H, W).
+
+    Args:
+        points_BN2: heatmap units.
+        cluster_BN: int64; -1 for padding.
+        height: rows H of the heatmap.
+        width: columns W of the heatmap.
+        kind: "cell": 1 in the cell of each labelled point (published). "bump": the bump of `landmark_target`.
+    """
+    if kind == "bump":
+        bumps = _bumps(points_BN2, height, width) * (cluster_BN >= 0)[..., None, None]
+        return bumps.amax(1, keepdim=True)
+    column = points_BN2[..., 0].round().long().clamp(0, width - 1)
+    row = points_BN2[..., 1].round().long().clamp(0, height - 1)
+    target = torch.zeros(len(points_BN2), height * width, device=points_BN2.device)
+    target.scatter_reduce_(1, row * width + column, (cluster_BN >= 0).float(), reduce="amax")
+    return target.view(-1, 1, height, width)
+
+
+def detector_loss(
+    heat_B1HW: Tensor, points_BN2: Tensor, cluster_BN: Tensor, kind: Literal["cell", "bump"] = "cell"
+) -> Tensor:
+    """Mean squared error between the detector's heatmap and `detector_target`."""
+    height, width = heat_B1HW.shape[-2:]
+    target = detector_target(points_BN2, cluster_BN, height, width, kind)
+    return functional.mse_loss(heat_B1HW.float(), target)
+
+
+def pair_masks(first_cluster_BN: Tensor, second_cluster_BM: Tensor) -> tuple[Tensor, Tensor]:
+    """Which pairs of points of two views have the same cluster, and which have clusters that occur in both views.
+
+    Args:
+        first_cluster_BN: clusters of the first view's points; -1 for padding.
+        second_cluster_BM: the same of the second view.
+
+    Returns:
+        Two bool masks (B, N, M).
+    """
+    same_BNM = (first_cluster_BN[:, :, None] == second_cluster_BM[:, None, :]) & (first_cluster_BN >= 0)[:, :, None]
+    return same_BNM, same_BNM.any(2)[:, :, None] & same_BNM.any(1)[:, None, :]
+
+
+def descriptor_loss(
+    first_BND: Tensor, second_BMD: Tensor, first_cluster_BN: Tensor, second_cluster_BM: Tensor, margin: float
+) -> Tensor:
+    """Contrastive loss over all pairs of points between two views whose clusters occur in both.
+
+    Same cluster: d^2. Different clusters: max(0, margin - d)^2, with d the L2 distance. Mean over the pairs.
+
+    Args:
+        first_BND: descriptors of the first view's points, raw.
+        second_BMD: the same of the second view.
+        first_cluster_BN: clusters; -1 for padding.
+        second_cluster_BM: the same.
+        margin: 0.8 in the paper.
+
+    Returns:
+        Scalar; 0 where there is no pair.
+    """
+    same_BNM, shared_BNM = pair_masks(first_cluster_BN, second_cluster_BM)
+    square_BNM = (first_BND.float()[:, :, None] - second_BMD.float()[:, None, :]).square().sum(-1)
+    # The root has no gradient at 0; a negative pair at distance 0 is pushed apart from a tiny distance on.
+    distance_BNM = square_BNM.clamp_min(1e-12).sqrt()
+    loss_BNM = torch.where(same_BNM, square_BNM, (margin - distance_BNM).clamp_min(0).square())
+    return (loss_BNM * shared_BNM).sum() / shared_BNM.sum().clamp_min(1)
+
+
+def landmark_target(
+    points_BN2: Tensor, cluster_BN: Tensor, landmarks: int, height: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """Bumps at the labelled points, one channel per cluster.
+
+    The published 3 x 3 bump is a Gaussian sampled around a rounded point; here it is sampled around the point
+    itself, so nothing of the point's precision is lost. At points on the grid both are equal.
+
+    Args:
+        points_BN2: heatmap units.
+        cluster_BN: int64; -1 for padding. A cluster occurs at most once per image.
+        landmarks: number of channels K.
+        height: rows H of the heatmap.
+        width: columns W of the heatmap.
+
+    Returns:
+        Target (B, K, H, W) and the mask (B, K) of labelled channels.
+    """
+    count = len(points_BN2)
+    labelled = torch.zeros(count, landmarks + 1, device=points_BN2.device, dtype=torch.bool)
+    slot_BN = torch.where(cluster_BN >= 0, cluster_BN, landmarks)
+    labelled.scatter_(1, slot_BN, True)
+    place_BK2 = torch.zeros(count, landmarks + 1, 2, device=points_BN2.device)
+    place_BK2.scatter_(1, slot_BN[..., None].expand(-1, -1, 2), points_BN2)
+    place_BK2, labelled = place_BK2[:, :landmarks], labelled[:, :landmarks]
+    return _bumps(place_BK2, height, width) * labelled[..., None, None], labelled
+
+
+def _bumps(points_BN2: Tensor, height: int, width: int) -> Tensor:
+    """A bump around every point, cut to a square of three cells; (B, N, H, W)."""
+
+    def falloff(length: int, centre_BN: Tensor) -> Tensor:
+        offset = torch.arange(length, device=points_BN2.device) - centre_BN[..., None]
+        return torch.exp(-offset.square() / (2 * BUMP_VARIANCE)) * (offset.abs() <= 1.5)
+
+    return falloff(height, points_BN2[..., 1])[..., None] * falloff(width, points_BN2[..., 0])[..., None, :]
+
+
+def landmark_loss(heat_BKHW: Tensor, points_BN2: Tensor, cluster_BN: Tensor, active_K: Tensor) -> Tensor:
+    """Mean squared error over the active channels whose cluster is labelled in the image (paper, section 3.3)."""
+    target, labelled = landmark_target(points_BN2, cluster_BN, *heat_BKHW.shape[1:])
+    used_BK = labelled & active_K
+    error_BK = (heat_BKHW.float() - target).square().mean((-2, -1))
+    return (error_BK * used_BK).sum() / used_BK.sum().clamp_min(1)

@@ -1,0 +1,184 @@
+"""What happens to one batch on the device: the loss of a training step of either stage, and keypoints with descriptors.
+
+Needs torch and numpy alone, like all that it calls.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sst.nn.augment import augment, warp_images
+from sst.nn.losses import descriptor_loss, detector_loss, landmark_loss, sample_descriptors
+from sst.nn.precision import Precision, autocast
+from sst.nn.suppression import decode_keypoints, unite
+from sst.nn.symmetry import mirror_some
+
+if TYPE_CHECKING:
+    from sst.config import TrainSettings
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Decoded images and padded labels, on one device.
+
+    Attributes:
+        keys: sample keys.
+        images: uint8 (B, H, W, 3), padded at right and bottom.
+        to_view: float32 (B, 3, 3), stored image to canonical view.
+        points: float32 (B, N, 2), heatmap units.
+        cluster: int64 (B, N), -1 for padding.
+    """
+
+    keys: tuple[str, ...]
+    images: Tensor
+    to_view: Tensor
+    points: Tensor
+    cluster: Tensor
+
+    @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.images, self.to_view, self.points, self.cluster
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device; the host does not wait where it is pinned."""
+        return Batch(self.keys, *(tensor.to(device, non_blocking=True) for tensor in self._tensors))
+
+    def pinned(self) -> "Batch":
+        """The same batch in memory that a GPU can read while the host works on; needs CUDA."""
+        return Batch(self.keys, *(tensor.pin_memory() for tensor in self._tensors))
+
+
+def random_batch(count: int, settings: "TrainSettings") -> Batch:
+    """Images and labels like those of training: half as large again as the view, 20 points each."""
+    generator, points = torch.Generator().manual_seed(0), 20
+    side = settings.network.input_size * 3 // 2
+    images = torch.randint(0, 256, (count, side, side, 3), generator=generator).to(torch.uint8)
+    places = torch.rand(count, points, 2, generator=generator) * (settings.network.input_size // 4 - 1)
+    cluster = torch.randint(0, settings.cluster.clusters, (count, points), generator=generator)
+    return Batch(tuple(map(str, range(count))), images, torch.eye(3).expand(count, 3, 3), places, cluster)
+
+
+def stage1_losses(
+    model: nn.Module, batch: Batch, settings: "TrainSettings", generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Losses of one step of stage 1 (paper, section 3.1).
+
+    Args:
+        model: `DetectorDescriptor`, perhaps wrapped for DDP.
+        batch: B images; pair i is two views of image i, or of image i and another of the batch.
+        settings: of the run.
+        generator: source of randomness on the batch's device.
+
+    Returns:
+        "loss" to minimise and its parts, scalars.
+    """
+    one, size = settings.stage1, settings.network.input_size
+    count, device = len(batch.keys), batch.images.device
+    own = torch.arange(count, device=device)
+    shift = torch.randint(1, max(2, count), (), generator=generator, device=device)
+    different = torch.rand(count, generator=generator, device=device) < one.different_share
+    second = torch.where(different, (own + shift) % count, own)
+    chosen = torch.cat([own, second])
+    views, points, cluster = augment(
+        batch.images[chosen],
+        batch.to_view[chosen],
+        batch.points[chosen],
+        batch.cluster[chosen],
+        size,
+        one.augmentation,
+        generator,
+    )
+    with autocast(device, settings.resources.precision):
+        heat, desc = model(views)
+    at_points = sample_descriptors(desc.float(), points)
+    # Detector losses of both views add up; over the joined batch their sum is twice the mean.
+    detector = 2 * detector_loss(heat, points, cluster, one.detector_target)
+    descriptor = descriptor_loss(at_points[:count], at_points[count:], cluster[:count], cluster[count:], one.margin)
+    total = one.descriptor_weight * descriptor + one.detector_weight * detector
+    return {"loss": total, "detector": detector, "descriptor": descriptor}
+
+
+def stage2_losses(
+    model: nn.Module,
+    batch: Batch,
+    active_K: Tensor,
+    settings: "TrainSettings",
+    generator: torch.Generator,
+    partner_K: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Loss of one step of stage 2 (paper, section 3.3).
+
+    Args:
+        model: `LandmarkDetector`, perhaps wrapped for DDP.
+        batch: images and labels.
+        active_K: bool, clusters that are trained.
+        settings: of the run.
+        generator: source of randomness on the batch's device.
+        partner_K: partner of every cluster in mirrored images; some images are then mirrored (beyond the paper).
+    """
+    size, to_view, points, cluster = settings.network.input_size, batch.to_view, batch.points, batch.cluster
+    if partner_K is not None:
+        chosen = torch.rand(len(batch.keys), generator=generator, device=points.device) < settings.stage2.flip_share
+        to_view, points, cluster = mirror_some(to_view, points, cluster, chosen, partner_K, size)
+    views, points, cluster = augment(
+        batch.images,
+        to_view,
+        points,
+        cluster,
+        size,
+        settings.stage2.augmentation,
+        generator,
+    )
+    with autocast(batch.images.device, settings.resources.precision):
+        heat = model(views)
+    return {"loss": landmark_loss(heat, points, cluster, active_K)}
+
+
+def keypoint_maps(
+    model: nn.Module, batch: Batch, input_size: int, precision: Precision, warp_B33: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Detector heatmap (B, 1, H, W) and raw descriptors (B, D, H, W), float32, of the views, warped if told so."""
+    to_view = batch.to_view if warp_B33 is None else warp_B33 @ batch.to_view
+    with autocast(batch.images.device, precision):
+        heat, desc = model(warp_images(batch.images, to_view, input_size))
+    return heat.float(), desc.float()
+
+
+@torch.inference_mode()
+def describe(
+    model: nn.Module,
+    batch: Batch,
+    previous_BP2: Tensor,
+    *,
+    input_size: int,
+    threshold: float,
+    radius: float,
+    precision: Precision,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keypoints of the detector united with the previous labels, and their descriptors (paper, section 3.2).
+
+    Args:
+        model: `DetectorDescriptor`.
+        batch: B images.
+        previous_BP2: previous labels in heatmap units, padded with NaN.
+        input_size: side S of the view.
+        threshold: detector confidence above which a keypoint is taken.
+        radius: half side of the squares within which a previous label beats a keypoint, in heatmap units.
+        precision: see `sst.nn.precision`.
+
+    Returns:
+        Points of each image (B,); points (N, 2) in heatmap units, image by image, previous labels first; and their
+        descriptors (N, D), float16, L2-normalised. All on the batch's device.
+    """
+    heat, desc = keypoint_maps(model, batch, input_size, precision)
+    image_M, found_M2, _ = decode_keypoints(heat, threshold)
+    image_N, points_N2 = unite(previous_BP2, image_M, found_M2, radius)
+    count_B = torch.bincount(image_N, minlength=len(previous_BP2))
+    slot_N = torch.arange(len(image_N), device=image_N.device) - (count_B.cumsum(0) - count_B)[image_N]
+    padded_BS2 = points_N2.new_zeros(len(count_B), max(1, int(count_B.max())), 2)
+    padded_BS2[image_N, slot_N] = points_N2
+    raw_ND = sample_descriptors(desc, padded_BS2)[image_N, slot_N]
+    return count_B, points_N2, functional.normalize(raw_ND, dim=-1).half()

@@ -1,0 +1,1 @@
+"""Landmarks on new images, their names, and exports of a trained model."""

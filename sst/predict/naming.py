@@ -1,0 +1,295 @@
+"""From discovered landmarks to named points, learnt from a handful of annotated images.
+
+The landmarks of every image are laid onto their mean shape by an affine map; there, a named point is its mean place
+plus a ridge regression on what of the landmarks' movement the map leaves over. One annotated image gives the mean
+place; the more there are, the more the regression may say, and how much is settled by leaving images out.
+
+Shape letters: N images, K landmarks, L named points. Points are (x, y) in pixels of a 256 px view.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cluster import storage
+from sst.errors import UserError
+from sst.predict.predictor import Box, in_image, in_view
+
+VIEW = 256.0
+
+LEAST_FOR_REGRESSION = 5
+"""With fewer images a named point only follows the affine map."""
+
+STIFFNESS = 20.0
+"""Pull of the affine map towards none, in sureties of one landmark; it matters where few landmarks are visible."""
+
+RIDGES = tuple(10.0**power for power in range(0, 8))
+"""Ridge weights among which leaving images out decides; the last leaves next to nothing of the regression."""
+
+ALIGNMENTS = 5
+"""Times that the mean shape is found again."""
+
+REACH = 25.0
+"""A named point's confidence is that of the landmarks around it, weighted by exp(-distance / REACH)."""
+
+FAINT = 0.1
+"""Landmarks below this confidence are not used."""
+
+
+class NamedPoints(BaseModel):
+    """The regression, as it is stored in names.json beside the model.
+
+    Attributes:
+        names: of the L points.
+        images: annotated images that it was learnt from.
+        model: sha256 of the weights that it belongs to.
+        used: (K,) whether a landmark was seen on any annotated image; the others are left alone.
+        shape: (K, 2) mean shape of the landmarks.
+        places: (L, 2) mean places of the points on that shape.
+        weights: (2K, 2L) from left-over movements of the landmarks to those of the points.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    names: list[str]
+    images: int
+    model: str = ""
+    used: list[bool]
+    shape: list[tuple[float, float]]
+    places: list[tuple[float, float]]
+    weights: list[list[float]]
+
+    def apply(self, points_NK2: np.ndarray, confidence_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Named points of images.
+
+        Args:
+            points_NK2: landmarks.
+            confidence_NK: how sure the network is of them.
+
+        Returns:
+            float64 (N, L, 2) and confidences (N, L).
+        """
+        shape, places = np.array(self.shape), np.array(self.places)
+        surety = sureties(confidence_NK) * np.array(self.used)
+        maps = affine_maps(points_NK2, surety, shape)
+        moved = left_over(maps, points_NK2, surety, shape) @ np.array(self.weights)
+        named = _map_back(maps, places + moved.reshape(len(points_NK2), -1, 2))
+        near = np.exp(-np.linalg.norm(places[:, None] - shape, axis=-1) / REACH) * np.array(self.used) + 1e-12
+        return named, confidence_NK @ (near / near.sum(1, keepdims=True)).T
+
+    def on_image(self, points_K2: np.ndarray, confidence_K: np.ndarray, box: Box) -> tuple[np.ndarray, np.ndarray]:
+        """Named points (L, 2) and confidences (L,) of one object; points in pixels of its image."""
+        points, confidence = self.apply(in_view(points_K2, box, VIEW)[None], confidence_K[None])
+        return in_image(points[0] / VIEW, box), confidence[0]
+
+
+def sureties(confidence_NK: np.ndarray) -> np.ndarray:
+    """Weight of every landmark: its confidence, or none where it is faint."""
+    return np.where(confidence_NK >= FAINT, confidence_NK, 0.0).astype(np.float64)
+
+
+def affine_maps(
+    points_NK2: np.ndarray, surety_NK: np.ndarray, shape_K2: np.ndarray, stiffness: float = STIFFNESS
+) -> np.ndarray:
+    """The affine map of each image that lays its landmarks onto the shape best (weighted least squares).
+
+    The linear part is drawn towards the identity, so that it is defined for any number of visible landmarks.
+
+    Returns:
+        float64 (N, 3, 2): (x, y, 1) of the image times this gives the place on the shape.
+    """
+    maps = np.zeros((len(points_NK2), 3, 2))
+    for number, (points, surety) in enumerate(zip(points_NK2.astype(np.float64), surety_NK, strict=True)):
+        total = max(surety.sum(), 1e-9)
+        centre = surety @ points / total if surety.any() else np.full(2, VIEW / 2)
+        target = surety @ shape_K2 / total if surety.any() else centre
+        own, aim = points - centre, shape_K2 - target
+        spread = stiffness * (VIEW / 8) ** 2
+        gram = own.T @ (surety[:, None] * own) + spread * np.eye(2)
+        linear = np.linalg.solve(gram, own.T @ (surety[:, None] * aim) + spread * np.eye(2))
+        maps[number] = np.vstack([linear, target - centre @ linear])
+    return maps
+
+
+def lay_on(maps_N32: np.ndarray, points_NX2: np.ndarray) -> np.ndarray:
+    """Points of the images on the shape, by their maps."""
+    return np.asarray(points_NX2 @ maps_N32[:, :2] + maps_N32[:, 2:])
+
+
+def _map_back(maps_N32: np.ndarray, places_NX2: np.ndarray) -> np.ndarray:
+    return np.asarray((places_NX2 - maps_N32[:, 2:]) @ np.linalg.inv(maps_N32[:, :2]))
+
+
+def left_over(maps_N32: np.ndarray, points_NK2: np.ndarray, surety_NK: np.ndarray, shape_K2: np.ndarray) -> np.ndarray:
+    """What the maps leave between landmarks and shape, by surety: float64 (N, 2K), 0 for an unseen landmark."""
+    off = (lay_on(maps_N32, points_NK2) - shape_K2) * np.minimum(1.0, 2 * surety_NK)[..., None]
+    return np.asarray(off.reshape(len(points_NK2), -1))
+
+
+def mean_shape(points_NK2: np.ndarray, surety_NK: np.ndarray, stiffness: float = STIFFNESS) -> np.ndarray:
+    """Mean place of every landmark after all images are laid onto each other; (K, 2)."""
+    total = surety_NK.sum(0)
+
+    def mean(points: np.ndarray) -> np.ndarray:
+        summed = (points * surety_NK[..., None]).sum(0)
+        return np.where(total[:, None] > 0, summed / np.maximum(total, 1e-9)[:, None], VIEW / 2)
+
+    shape = mean(points_NK2.astype(np.float64))
+    for _ in range(ALIGNMENTS):
+        shape = mean(lay_on(affine_maps(points_NK2, surety_NK, shape, stiffness), points_NK2))
+    return shape
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Annotated images.
+
+    Attributes:
+        points: (N, K, 2) landmarks.
+        confidence: (N, K).
+        targets: (N, L, 2) named points, NaN where unknown.
+    """
+
+    points: np.ndarray
+    confidence: np.ndarray
+    targets: np.ndarray
+
+    def subset(self, rows: np.ndarray) -> "Examples":
+        """Some of the images."""
+        return Examples(self.points[rows], self.confidence[rows], self.targets[rows])
+
+
+def learn(examples: Examples, names: list[str], model: str = "") -> NamedPoints:
+    """Learns the named points.
+
+    Args:
+        examples: at least one image, on which every point is known at least once.
+        names: of the L points.
+        model: sha256 of the detector's weights.
+
+    Raises:
+        UserError: if a point is annotated on no image.
+    """
+    known = np.isfinite(examples.targets).all(-1)
+    if missing := [name for name, seen in zip(names, known.any(0), strict=True) if not seen]:
+        raise UserError(
+            f"{', '.join(missing[:5])}: annotated on no image, so it can't be learnt; leave it out or add it"
+        )
+    surety = sureties(examples.confidence)
+    shape = mean_shape(examples.points, surety)
+    maps = affine_maps(examples.points, surety, shape)
+    features = left_over(maps, examples.points, surety, shape)
+    targets = lay_on(maps, np.where(known[..., None], examples.targets, 0.0))
+    ridge = best_ridge(features, targets, known)
+    places, weights = zip(
+        *(_regress(features, targets, known, point, ridge) for point in range(len(names))), strict=True
+    )
+    return NamedPoints(
+        names=names,
+        images=len(examples.points),
+        model=model,
+        used=[bool(own.any()) for own in surety.T],
+        shape=[(x, y) for x, y in shape.round(4).tolist()],
+        places=[(x, y) for x, y in np.stack(places).round(4).tolist()],
+        weights=np.stack(weights, 1).reshape(features.shape[1], -1).round(6).tolist(),
+    )
+
+
+def _regress(
+    features_NF: np.ndarray, targets_NL2: np.ndarray, known_NL: np.ndarray, point: int, ridge: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean place (2,) and weights (F, 2) of one point; without a ridge the weights are zero."""
+    rows = known_NL[:, point]
+    own, target = features_NF[rows], targets_NL2[rows, point]
+    place = target.mean(0)
+    if ridge is None or len(own) < LEAST_FOR_REGRESSION:
+        return place, np.zeros((own.shape[1], 2))
+    # The shape is the landmarks' zero, so the place is fitted with the weights (an unpenalised constant).
+    centred = own - own.mean(0)
+    weights = np.linalg.solve(centred.T @ centred + ridge * np.eye(own.shape[1]), centred.T @ (target - place))
+    return place - own.mean(0) @ weights, weights
+
+
+def best_ridge(features_NF: np.ndarray, targets_NL2: np.ndarray, known_NL: np.ndarray) -> float | None:
+    """The ridge weight under which images that are left out one by one are predicted best; None for no regression.
+
+    Left-out errors follow from the hat matrix, without fitting again (Golub, Heath and Wahba 1979).
+    """
+    if len(features_NF) < LEAST_FOR_REGRESSION:
+        return None
+    errors = np.zeros(len(RIDGES) + 1)
+    for point in range(targets_NL2.shape[1]):
+        rows = known_NL[:, point]
+        if rows.sum() >= LEAST_FOR_REGRESSION:
+            own = left_out_errors(features_NF[rows], targets_NL2[rows, point], (*RIDGES, np.inf))
+            errors += np.linalg.norm(own, axis=-1).mean(1)
+    best = int(errors.argmin())
+    return RIDGES[best] if best < len(RIDGES) else None
+
+
+def left_out_errors(features_NF: np.ndarray, target_N2: np.ndarray, ridges: Sequence[float]) -> np.ndarray:
+    """Errors (R, N, 2) of each image's point when a ridge regression with a constant is fitted on all others."""
+    count = len(features_NF)
+    left, singular, _ = np.linalg.svd(features_NF - features_NF.mean(0), full_matrices=False)
+    target = target_N2 - target_N2.mean(0)
+    errors = []
+    for ridge in ridges:
+        hat = (left * (singular**2 / (singular**2 + ridge))) @ left.T + 1 / count
+        errors.append((target - hat @ target) / (1 - np.diag(hat))[:, None])
+    return np.stack(errors)
+
+
+def curve(
+    examples: Examples, held_out: Examples, counts: tuple[int, ...], draws: int = 10, seed: int = 0
+) -> dict[int, np.ndarray]:
+    """Errors on held-out images when learning from few, by number of images.
+
+    Args:
+        examples: images to draw from.
+        held_out: images to measure on.
+        counts: numbers of annotated images to try; those above N are left out.
+        draws: random choices of so many images each.
+        seed: of the choices.
+
+    Returns:
+        Number of images: float64 (N', L), mean distance in pixels of a 256 px view, NaN where unknown.
+    """
+    names = [str(number) for number in range(examples.targets.shape[1])]
+    rng = np.random.default_rng(seed)
+    errors = {}
+    for count in (count for count in counts if count <= len(examples.points)):
+        distances = []
+        for _ in range(draws if count < len(examples.points) else 1):
+            chosen = examples.subset(rng.choice(len(examples.points), count, replace=False))
+            if not np.isfinite(chosen.targets).all(-1).any(0).all():
+                continue
+            named, _ = learn(chosen, names).apply(held_out.points, held_out.confidence)
+            distances.append(np.linalg.norm(named - held_out.targets, axis=-1))
+        if distances:
+            errors[count] = np.mean(distances, 0)
+    return errors
+
+
+def save_names(url: str, named: NamedPoints) -> None:
+    """Writes names.json beside a model."""
+    storage.write_json(storage.join(url, "names.json"), named.model_dump())
+
+
+def load_names(url: str) -> NamedPoints | None:
+    """The named points of the model at `url`; None if jobs.name has not been used on it.
+
+    Raises:
+        UserError: if names.json is damaged, or was learnt for other weights.
+    """
+    path = storage.join(url, "names.json")
+    if not storage.exists(path):
+        return None
+    try:
+        named = NamedPoints.model_validate(storage.read_json(path))
+    except (ValidationError, ValueError) as error:
+        raise UserError(f"{path}: not named points ({type(error).__name__}); run jobs.name again") from error
+    if named.model != storage.read_json(storage.join(url, "model.json"))["weights"]:
+        raise UserError(f"{path}: learnt for another model than the one beside it; run jobs.name again, or remove it")
+    return named

@@ -1,0 +1,1 @@
+"""Scores, plots and the report; the only room that reads annotations."""

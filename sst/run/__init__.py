@@ -1,0 +1,1 @@
+"""One run as a job: on Ray, held by one process, tracked and shown."""

@@ -1,0 +1,229 @@
+"""Where a run meets Ray: the k-means actor, the shard tasks and the DDP worker group.
+
+Thin shells: what they call is plain code that tests run without Ray.
+"""
+
+import logging
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from cluster.actor import KMeansSettings, start_actor
+from cluster.correspondence import Sample
+from cluster.dispatch import RayMap
+from cluster.kmeans import KMeansResult
+from sst.config import ResourceSettings, TrainSettings
+from sst.errors import RunFailedError, UserError
+from sst.run.interrupt import StopFlag, Stopped, run_stoppably
+from sst.run.tracking import set_environment
+from sst.train.rounds import Tools
+
+TASK_CPUS = 0.05
+"""CPUs that Ray sets aside for a shard task; how many run at once is bounded by `RayMap`."""
+
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+}
+"""Set before Ray is imported, unless the caller has set them."""
+
+
+def start_ray(resources: ResourceSettings) -> bool:
+    """Joins the cluster of `RAY_ADDRESS` or of the submitted job, or starts one on this machine.
+
+    Returns:
+        Whether the workers train on GPUs.
+
+    Raises:
+        UserError: if the cluster is smaller than `resources` asks for.
+    """
+    # For a cluster that is started here. Task processes stay for the next round: a new one takes seconds to load torch,
+    # and Ray would end them after one second in which workers hold the CPUs.
+    set_environment(RAY_ENVIRONMENT | {"RAY_num_workers_soft_limit": str(usable_cpus())})
+    joins = bool(os.environ.get("RAY_ADDRESS"))
+    if not joins and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
+        # Ray's own servers listen on every interface; without this token nobody else can use them. Ray reads both
+        # when it is imported, so whoever has imported it has decided.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    import ray
+
+    if not ray.is_initialized():
+        with nullcontext() if joins else own_address():
+            # Without an address Ray would join whatever cluster last ran on this machine.
+            where: dict[str, Any] = {} if joins else {"address": "local", "num_cpus": usable_cpus()}
+            ray.init(logging_level=logging.WARNING, log_to_driver=False, **where)
+    have = ray.cluster_resources()
+    gpus = have.get("GPU", 0.0)
+    workers = resources.least_workers
+    enough = gpus >= workers * resources.worker_gpus
+    if resources.gpu and not enough:
+        raise UserError(
+            f"{workers} workers with {resources.worker_gpus} GPUs each were asked for, but the cluster has "
+            f"{gpus:g}; lower --workers or leave --resources.gpu unset"
+        )
+    if workers * resources.worker_cpus > have.get("CPU", 0.0):
+        raise UserError(
+            f"{workers} workers with {resources.worker_cpus} CPUs each were asked for, but the cluster has "
+            f"{have.get('CPU', 0.0):g}; lower --workers or --resources.worker-cpus"
+        )
+    return enough and gpus > 0 if resources.gpu is None else resources.gpu
+
+
+@contextmanager
+def own_address() -> Iterator[None]:
+    """While inside, a cluster that is started here tells its address to all its processes.
+
+    Ray's own helper actors, such as the one that frees what a lost run had reserved, ask for the cluster's state, and
+    without an address they ask whatever cluster was started last on this machine.
+    """
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    own = {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    os.environ |= own
+    try:
+        yield
+    finally:
+        for name in own:
+            del os.environ[name]
+
+
+def check_local_cpus(resources: ResourceSettings) -> None:
+    """Refuses more workers than this machine has CPUs, before a local cluster is started.
+
+    Raises:
+        UserError: naming both numbers.
+    """
+    workers = resources.least_workers
+    if not os.environ.get("RAY_ADDRESS") and workers * resources.worker_cpus > usable_cpus():
+        raise UserError(
+            f"{workers} workers with {resources.worker_cpus} CPUs each need more than this machine's "
+            f"{usable_cpus()} CPUs; lower --workers, or set RAY_ADDRESS to use a cluster"
+        )
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def ray_tools(
+    settings: TrainSettings, actor: Any, log: Callable[[dict[str, Any]], None], what: str = "shards"
+) -> Tools:
+    """Tools that run k-means in the actor and shards as tasks."""
+    import ray
+
+    cluster = settings.cluster
+
+    def fit(sample: Sample, start: np.ndarray | None, seed: int, clusters: int) -> KMeansResult:
+        asked = KMeansSettings(clusters, cluster.iterations, seed=seed, backend=cluster.backend)
+        try:
+            result: KMeansResult = ray.get(actor.fit.remote(list(sample), asked, start))
+        except ray.exceptions.RayTaskError as error:
+            raise error.as_instanceof_cause() from None
+        return result
+
+    def progress(done: int, total: int) -> None:
+        log({"kind": "shards", "what": what, "done": done, "total": total})
+
+    return Tools(fit, RayMap(TASK_CPUS, progress), log)
+
+
+def start_kmeans(settings: TrainSettings, gpu: bool) -> Any:
+    """Starts the run's k-means actor; it takes no CPU of its own, since it works while the workers wait."""
+    gpus = settings.resources.kmeans_gpus if gpu else 0.0
+    return start_actor(num_gpus=gpus, num_cpus=0, members=settings.cluster.actors)
+
+
+def kmeans_backend(actor: Any, settings: TrainSettings) -> str:
+    """What runs k-means: "cuml" or "torch".
+
+    Raises:
+        UserError: if cuml is asked for where it cannot run.
+    """
+    import ray
+
+    try:
+        return str(ray.get(actor.backend.remote(settings.cluster.backend)))
+    except ray.exceptions.RayTaskError as error:
+        raise UserError(str(error.cause)) from None
+
+
+def train_on_workers(settings: TrainSettings, corpus_url: str, run_url: str, actor: Any, gpu: bool) -> None:
+    """Trains by DDP on the running cluster, to the end; needs round 0.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, when the workers have saved and ended; see `sst.run.interrupt`.
+        RunFailedError: if more workers were lost than `max_failures`, or a worker raised; the message is its own.
+    """
+    import ray.train
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    resources = settings.resources
+    least, most = resources.least_workers, resources.most_workers
+    number: Any = least if least == most else (least, most)  # a pair makes Ray Train elastic
+    each = {"CPU": resources.worker_cpus} | ({"GPU": resources.worker_gpus} if gpu else {})
+    trainer = TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={
+            "settings": settings.model_dump(),
+            "corpus": corpus_url,
+            "run": run_url,
+            "kmeans": actor,
+        },
+        scaling_config=ScalingConfig(num_workers=number, use_gpu=gpu, resources_per_worker=each),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=run_url,
+            failure_config=FailureConfig(  # type: ignore[call-arg]
+                max_failures=resources.max_failures, controller_failure_limit=3
+            ),
+        ),
+    )
+    try:
+        run_stoppably(trainer.fit, StopFlag(run_url))
+    except ray.train.TrainingFailedError as error:
+        raise RunFailedError(str(error)) from None
+
+
+def train_loop_per_worker(config: dict[str, Any]) -> None:
+    """What each worker of the `TorchTrainer` runs."""
+    import ray
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from sst.nn.precision import keep_freed_memory
+    from sst.run.metrics import MetricsFile
+    from sst.train.rounds import Corpus
+    from sst.train.run_directory import RunDirectory
+    from sst.train.trainer import Trainer
+    from sst.train.workers import Group
+
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, usable_cpus() // context.get_local_world_size()))
+        keep_freed_memory()
+    torch.backends.cudnn.benchmark = True  # every step has the same shapes, so looking for the fastest form pays
+    settings = TrainSettings.model_validate(config["settings"])
+    group = Group(context.get_world_rank(), context.get_world_size(), device)
+    metrics = MetricsFile(config["run"]) if group.rank == 0 else None
+    tools = replace(
+        ray_tools(settings, config["kmeans"], metrics.write if metrics else lambda line: None),
+        stop=StopFlag(config["run"]).is_up,
+    )
+    trainer = Trainer(settings, Corpus.open(config["corpus"]), RunDirectory(config["run"]), group, tools)
+    try:
+        trainer.finish(trainer())
+    except Stopped:
+        return  # a failure would be a reason to start again

@@ -1,0 +1,164 @@
+"""What can be known before a run starts: whether its disk is large enough, and whether all nodes run the same code."""
+
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sst.config import TrainSettings
+from sst.errors import UserError
+from sst.nn.network import DetectorDescriptor, LandmarkDetector
+from sst.run.tracking import absolute_uri
+
+CHECKPOINTS = 3
+"""Checkpoints that are there at once: the kept ones and the one that is being written."""
+
+COMPARED = ("torch", "numpy", "ray", "webdataset", "scipy", "opencv-python-headless", "simplejpeg", "safetensors")
+"""Packages whose versions must agree, since results depend on them or processes talk through them."""
+
+OPTIONAL = ("cuml-cu13", "cupy-cuda13x")
+
+LABEL_BYTES, PREDICTION_BYTES, PICTURES_BYTES = 20, 12, 50_000_000
+"""Of a labelled point (place, cluster, distance, offset), of a predicted landmark, and of the report."""
+
+
+def check_kept(**places: str) -> None:
+    """In a submitted job, refuses to write to relative paths: they lie in a copy of the working directory that goes.
+
+    Args:
+        places: option without its dashes, and the path or URL that it was given.
+
+    Raises:
+        UserError: naming the options.
+    """
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # which Ray sets for the command of a job
+        return
+    lost = [
+        f"--{option} {place}"
+        for option, place in places.items()
+        if (absolute_uri(place) != place if "://" in place else not os.path.isabs(place))
+    ]
+    if lost:
+        raise UserError(
+            f"{', '.join(lost)}: a submitted job works in a copy of its directory that is removed later; give a URL, "
+            "or an absolute path that all machines of the cluster share"
+        )
+
+
+def disk_need(settings: TrainSettings, images: int) -> int:
+    """Bytes that a run directory will take at most.
+
+    Args:
+        settings: of the run.
+        images: training and test images.
+    """
+    with torch.device("meta"):
+        models = (
+            DetectorDescriptor(settings.network.shape),
+            LandmarkDetector(settings.network.shape, settings.cluster.clusters),
+        )
+    weights = max(4 * sum(p.numel() for p in model.parameters()) for model in models)
+    points = settings.keypoints.most + settings.cluster.clusters
+    descriptors = images * points * (2 * settings.network.descriptor_size + 8)
+    rounds = 1 + settings.stage1.rounds + 2
+    labels = images * min(points, settings.cluster.clusters) * LABEL_BYTES * rounds
+    predictions = images * settings.cluster.clusters * PREDICTION_BYTES
+    # Weights and RMSprop's state in every checkpoint, and the finished model.
+    return CHECKPOINTS * 2 * weights + weights + descriptors + labels + predictions + PICTURES_BYTES
+
+
+def check_disk(settings: TrainSettings, images: int, run_url: str) -> None:
+    """Refuses a run whose local disk is too small for it; object stores are not asked.
+
+    Raises:
+        UserError: with what is needed and what is free.
+    """
+    if "://" in run_url:
+        return
+    place = Path(run_url).absolute()
+    while not place.exists():
+        place = place.parent
+    need, free = disk_need(settings, images), shutil.disk_usage(place).free
+    if free < need:
+        raise UserError(
+            f"{run_url}: this run may take {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; free some, or "
+            "let --runs name a larger disk"
+        )
+
+
+def versions() -> dict[str, str]:
+    """What this process runs on: Python, the compared packages, and which of the optional ones are there."""
+    found = {"python": platform.python_version()}
+    for name in (*COMPARED, *OPTIONAL):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def conflicts(nodes: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Packages whose versions differ between nodes, as "torch: 2.9 on a; 2.8 on b, c".
+
+    Args:
+        nodes: name of a node to its `versions`.
+    """
+    found = []
+    for package in sorted({package for own in nodes.values() for package in own}):
+        by_version: dict[str, list[str]] = {}
+        for node, own in nodes.items():
+            by_version.setdefault(own.get(package, "none"), []).append(node)
+        if len(by_version) > 1 and package not in OPTIONAL:
+            listed = "; ".join(f"{version} on {', '.join(sorted(on))}" for version, on in sorted(by_version.items()))
+            found.append(f"{package}: {listed}")
+    return found
+
+
+def check_nodes() -> None:
+    """Asks every node of the running cluster for its versions.
+
+    Raises:
+        UserError: naming every difference and where it is.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    if len(alive) < 2:
+        return
+    ask = ray.remote(num_cpus=0)(versions)
+    answers: dict[str, Any] = {
+        f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {node['NodeID'][:6]})": ask.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote()
+        for node in alive
+    }
+    found = conflicts(dict(zip(answers, ray.get(list(answers.values())), strict=True)))
+    if found:
+        raise UserError(
+            f"the nodes of the cluster run different versions: {'. '.join(found)}. Install the same on all "
+            "(pip install -c constraints.txt -e .)"
+        )
+
+
+def out_of_memory(settings: TrainSettings, stage: int) -> str:
+    """What to say when a GPU's memory is full: what was asked for, what there is, and what to try."""
+    name, size = ("stage1.pairs", settings.stage1.pairs) if stage == 1 else ("stage2.batch", settings.stage2.batch)
+    workers = settings.resources.least_workers
+    least = 2 * workers if stage == 1 else workers
+    smaller = max(least, size // 2 // workers * workers)
+    total = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else float("nan")
+    hint = (
+        f"try --{name} {smaller}"
+        if smaller < size
+        else f"try a smaller --network.input-size than {settings.network.input_size}"
+    )
+    return (
+        f"out of GPU memory in stage {stage}: {name} {size} on {workers} workers at {settings.network.input_size} px, "
+        f"{total:.0f} GB; {hint}, or more workers (process {os.getpid()})"
+    )

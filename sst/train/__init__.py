@@ -1,0 +1,1 @@
+"""Training: first keypoints, rounds of labels, and the two stages."""

@@ -1,0 +1,258 @@
+"""Plain functions of one shard: what the network sees on all its images, in the shard's order."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from cluster.assignment import assign
+from cluster.shards import Descriptors, Labels, widened
+from sst.data.loader import decode_to_view, shard_batches
+from sst.data.shards import RawSample, ShardInfo, decode, read_shard
+from sst.nn.augment import Augmentation, invert_affine, random_affine, warp_images
+from sst.nn.geometry import SCORING_SIZE, STRIDE, box_to_view, transform, transform_points
+from sst.nn.losses import sample_descriptors
+from sst.nn.precision import Precision, autocast
+from sst.nn.steps import Batch, describe, keypoint_maps
+from sst.nn.suppression import decode_keypoints, decode_landmarks
+from sst.nn.symmetry import mirror_matrix
+from sst.train.keypoints import VIEW, KeypointDetector
+
+logger = logging.getLogger(__name__)
+
+BATCH = 64
+"""Images per forward pass without gradients."""
+
+SUPPRESSION = 1.0
+"""Half side of the squares, in heatmap cells, within which a previous label beats a new keypoint."""
+
+
+def first_keypoints(
+    corpus: str, shard: ShardInfo, detector: KeypointDetector, input_size: int, *, background: bool = False
+) -> tuple[Descriptors, np.ndarray]:
+    """First keypoints of a shard's images (stage 0).
+
+    Args:
+        corpus: directory of the shards.
+        shard: the shard.
+        detector: finds and describes them.
+        input_size: side S of the network's view, which sets the heatmap units of the points.
+        background: seek them in the stored context around the object too, and keep those.
+
+    Returns:
+        The keypoints, and whether each lies on the object: within the view and, where there is one, the object box;
+        bool (N,). Without `background` all do.
+    """
+    import cv2
+
+    cv2.setNumThreads(1)  # a shard is a task, and there are as many tasks as cores
+    points, descriptors, inside, counts = [], [], [], [0]
+    for sample in read_shard(f"{corpus}/{shard.file}", shard.sha256):
+        try:
+            found, described, on_object = _keypoints(sample, detector, background)
+        except ValueError as error:  # an image that can't be decoded has no keypoints
+            logger.warning("left out: %s", error)
+            found, described, on_object = np.zeros((0, 2)), np.zeros((0, detector.descriptor_size)), np.zeros(0, bool)
+        kept = np.ones(len(found), bool) if background else on_object
+        points.append(found[kept] * (input_size / VIEW / STRIDE))
+        descriptors.append(described[kept].astype(np.float16))
+        inside.append(on_object[kept])
+        counts.append(int(kept.sum()))
+    empty = np.zeros((0, 2), np.float32), np.zeros((0, detector.descriptor_size), np.float16)
+    keypoints = Descriptors(
+        np.cumsum(counts, dtype=np.int64),
+        np.concatenate([empty[0], *points], dtype=np.float32),
+        np.concatenate([empty[1], *descriptors]),
+    )
+    return keypoints, np.concatenate([np.zeros(0, bool), *inside])
+
+
+def _keypoints(
+    sample: RawSample, detector: KeypointDetector, background: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Keypoints of one image in pixels of the view at `VIEW`, their descriptors, and which lie on the object."""
+    import cv2
+
+    box = np.array(sample.meta.box)
+    stored_to_view = box_to_view(box, VIEW)
+    if detector.sees_view:
+        image, to_view = decode_to_view(sample, VIEW)
+        margin = VIEW // 2 if background else 0
+        side = VIEW + 2 * margin
+        to_canvas = np.array([[1.0, 0.0, margin], [0.0, 1.0, margin], [0.0, 0.0, 1.0]]) @ to_view
+        # Beyond the stored image its border goes on, so that no edge appears there.
+        canvas = cv2.warpAffine(image, to_canvas[:2], (side, side), borderMode=cv2.BORDER_REPLICATE)
+        found, described = detector(canvas)
+        found = found - np.float32(margin)
+    else:
+        image, _, _ = decode(sample)
+        found, described = detector(image)
+        found = transform_points(stored_to_view, found).astype(np.float32)
+    inside = np.asarray(((found >= 0) & (found <= VIEW - 1)).all(axis=1))
+    if sample.meta.object_box is not None:
+        low, high = transform_points(stored_to_view, np.array(sample.meta.object_box).reshape(2, 2))
+        inside &= ((found >= low) & (found <= high)).all(axis=1)
+    return found, described, inside
+
+
+@torch.inference_mode()
+def extract_descriptors(
+    model: nn.Module,
+    corpus: str,
+    shard: ShardInfo,
+    previous: Labels,
+    *,
+    input_size: int,
+    threshold: float,
+    precision: Precision,
+) -> tuple[Descriptors, int]:
+    """Keypoints of the detector united with the previous labels, and their descriptors (paper, section 3.2).
+
+    Args:
+        model: stage-1 network, perhaps compiled.
+        corpus: directory of the shards.
+        shard: the shard.
+        previous: the shard's labels of the round before.
+        input_size: side S of the view.
+        threshold: detector confidence above which a keypoint is taken.
+        precision: see `sst.nn.precision`.
+    """
+    device = next(model.parameters()).device
+    counts, points, descriptors = [], [], []  # type: list[np.ndarray], list[np.ndarray], list[np.ndarray]
+    first = 0
+    for batch in shard_batches(corpus, shard, input_size, BATCH):
+        labels = torch.from_numpy(padded_points(previous, first, len(batch.keys))).to(device)
+        found = describe(
+            model,
+            batch.to(device),
+            labels,
+            input_size=input_size,
+            threshold=threshold,
+            radius=SUPPRESSION,
+            precision=precision,
+        )
+        for values, own in zip((counts, points, descriptors), found, strict=True):
+            values.append(own.cpu().numpy())
+        first += len(batch.keys)
+    ends = np.cumsum(np.concatenate([[0], *counts]), dtype=np.int64)
+    shard_descriptors = Descriptors(ends, np.concatenate(points), np.concatenate(descriptors))
+    kept = usable(shard_descriptors.descriptors)
+    return shard_descriptors.keep(kept), int((~kept).sum())
+
+
+def usable(descriptors_ND: np.ndarray) -> np.ndarray:
+    """Which normalised descriptors can be compared: not zero, not NaN (the published code met them); bool (N,)."""
+    rows = widened(descriptors_ND)
+    return np.asarray(np.isfinite(rows).all(1) & ((rows**2).sum(1) > 0.5))
+
+
+def padded_points(labels: Labels, first: int, count: int) -> np.ndarray:
+    """Labelled points of `count` images from image `first` on; float32 (B, P, 2), padded with NaN."""
+    ends = labels.offsets[first : first + count + 1]
+    number = np.diff(ends)
+    padded = np.full((count, max(1, number.max(initial=0)), 2), np.nan, np.float32)
+    padded[np.arange(padded.shape[1]) < number[:, None]] = labels.points[ends[0] : ends[-1]]
+    return padded
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Landmarks of a shard's images.
+
+    Attributes:
+        points: float32 (S, K, 2), pixels of a 256 px view.
+        confidence: float32 (S, K).
+    """
+
+    points: np.ndarray
+    confidence: np.ndarray
+
+    def visible_points(self, visible: float) -> np.ndarray:
+        """The points, NaN where the confidence is below `visible`."""
+        return np.where((self.confidence >= visible)[..., None], self.points, np.nan)
+
+
+@torch.inference_mode()
+def predict_landmarks(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    input_size: int,
+    precision: Precision,
+    warp_seed: int | None = None,
+    mirrored: bool = False,
+) -> Predictions:
+    """Every landmark's peak on every image.
+
+    Args:
+        model: stage-2 network, perhaps compiled.
+        batches: images in order.
+        input_size: side S of the view.
+        precision: see `sst.nn.precision`.
+        warp_seed: predict on randomly warped copies instead, and move the points back to the un-warped view.
+        mirrored: predict on mirrored images instead, and mirror the points back.
+    """
+    device = next(model.parameters()).device
+    scale = SCORING_SIZE / input_size * STRIDE
+    points, confidences = [], []
+    generator = torch.Generator().manual_seed(warp_seed or 0)
+    for batch in (batch.to(device) for batch in batches):
+        warp = torch.eye(3).expand(len(batch.keys), 3, 3).to(device)
+        if warp_seed is not None:
+            warp = random_affine(len(batch.keys), input_size, Augmentation(), generator).to(device)
+        if mirrored:
+            warp = mirror_matrix(input_size, device) @ warp
+        with autocast(device, precision):
+            heat = model(warp_images(batch.images, warp @ batch.to_view, input_size))
+        found, confidence = decode_landmarks(heat)
+        found = transform(invert_affine(warp), found * STRIDE) / STRIDE
+        points.append((found * scale).cpu().numpy())
+        confidences.append(confidence.cpu().numpy())
+    return Predictions(np.concatenate(points), np.concatenate(confidences))
+
+
+@torch.inference_mode()
+def keypoint_equivariance(
+    model: nn.Module,
+    batch: Batch,
+    centroids: np.ndarray,
+    thresholds: np.ndarray,
+    *,
+    input_size: int,
+    threshold: float,
+    precision: Precision,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Clusters found on images and on warped copies of them.
+
+    Returns:
+        Two arrays (B, K, 2) of points in pixels of the S x S view, NaN where a cluster was not found: those of the
+        images, moved by the warp, and those found on the warped copies. Points that the warp moves out of the
+        view are NaN.
+    """
+    device = next(model.parameters()).device
+    batch = batch.to(device)
+    generator = torch.Generator().manual_seed(seed)
+    warp = random_affine(len(batch.keys), input_size, Augmentation(), generator).to(device)
+
+    def found(matrix: torch.Tensor | None) -> np.ndarray:
+        heat, desc = keypoint_maps(model, batch, input_size, precision, matrix)
+        image, points, _ = decode_keypoints(heat, threshold)
+        result = np.full((len(batch.keys), len(centroids), 2), np.nan)
+        for row in range(len(batch.keys)):
+            own = points[image == row]
+            raw = sample_descriptors(desc[row : row + 1], own[None])[0]
+            unit = functional.normalize(raw, dim=-1).cpu().numpy()
+            kept = usable(unit)
+            match = assign(unit[kept], centroids)
+            sure = match.distance < thresholds[match.cluster]
+            result[row, match.cluster[sure]] = own.cpu().numpy()[kept][match.point[sure]] * STRIDE
+        return result
+
+    moved = transform(warp, torch.from_numpy(found(None)).float().to(device)).cpu().numpy()
+    moved[(moved < 0).any(-1) | (moved > input_size - 1).any(-1)] = np.nan
+    return moved, found(warp)

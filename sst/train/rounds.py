@@ -1,0 +1,345 @@
+"""Between two phases: the next round's labels, by correspondence (stage 1) or by merging (stage 2).
+
+Every worker computes its shards; rank 0 collects per-shard numbers, runs k-means and assignment through the
+tools that it was
+given, and writes the round's record last.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from cluster import storage
+from cluster.correspondence import (
+    Correspondence,
+    Sample,
+    correspond,
+    descriptors_folder,
+    descriptors_url,
+    labels_url,
+)
+from cluster.dispatch import ShardMap, map_serially
+from cluster.kmeans import KMeansResult
+from cluster.merging import apply_merge, count_overlaps, merge_plan
+from cluster.shards import Labels
+from sst.config import TrainSettings
+from sst.data.loader import balanced, shard_batches
+from sst.data.shards import Manifest, ShardInfo
+from sst.nn.geometry import SCORING_SIZE
+from sst.nn.network import DetectorDescriptor, LandmarkDetector
+from sst.nn.symmetry import Symmetry, find_symmetry
+from sst.report.evaluation import equivariance_error, label_persistence
+from sst.train.checkpoint import weights_hash
+from sst.train.extraction import BATCH, Predictions, extract_descriptors, keypoint_equivariance, predict_landmarks
+from sst.train.run_directory import RoundRecord, RunDirectory
+from sst.train.schedule import derived_seed
+from sst.train.workers import Group
+
+EQUIVARIANCE_IMAGES = 64
+"""Images per worker on which a round's equivariance error is measured."""
+
+ROUND_SEED = 1
+"""Purpose number in `derived_seed`."""
+
+PERSISTENCE_RADIUS = 1.5
+"""Heatmap cells within which a label of the same cluster counts as the same label."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The shards a run reads."""
+
+    url: str
+    manifest: Manifest
+    manifest_hash: str
+
+    @classmethod
+    def open(cls, url: str) -> "Corpus":
+        """Reads the manifest.
+
+        Raises:
+            ValueError: if there is none, or shards do not match it.
+        """
+        manifest = Manifest.load(url)
+        manifest.check(url)
+        return cls(url, manifest, storage.sha256(storage.read_bytes(storage.join(url, "manifest.json"))))
+
+    @property
+    def train(self) -> list[ShardInfo]:
+        """Shards of the training split."""
+        return list(self.manifest.shards_of("train"))
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What rank 0 uses to make a round; tests pass local versions.
+
+    Attributes:
+        fit: k-means on (descriptor shard, row numbers) pairs, from start centroids or none, with a seed and a number
+            of clusters.
+        run_on_shards: runs a function per shard.
+        log: takes one line of figures.
+        stop: whether the run is to end after a checkpoint.
+    """
+
+    fit: Callable[[Sample, np.ndarray | None, int, int], KMeansResult]
+    run_on_shards: ShardMap = map_serially
+    log: Callable[[dict[str, Any]], None] = lambda line: None
+    stop: Callable[[], bool] = lambda: False
+
+
+@dataclass(frozen=True)
+class RoundMaker:
+    """Makes rounds of one run on one worker."""
+
+    settings: TrainSettings
+    corpus: Corpus
+    run: RunDirectory
+    group: Group
+    tools: Tools
+
+    def correspondence(self, model: DetectorDescriptor, called: nn.Module, previous: RoundRecord, step: int) -> None:
+        """Extracts every training image's descriptors, clusters them and labels the images (section 3.2).
+
+        Args:
+            model: stage-1 network without DDP wrapper, in eval mode.
+            called: the same as it is called, perhaps compiled.
+            previous: record of the round whose labels were trained on.
+            step: optimizer steps taken in the run.
+        """
+        number, started = previous.number + 1, time.monotonic()
+        rows, dropped = self._extract(called, previous)
+        extracted = time.monotonic()
+        if self.group.rank == 0:
+            seed = derived_seed(self.settings.seed, ROUND_SEED, number)
+            warm = self.settings.cluster.warm_start and previous.kind == "correspondence"
+            found = correspond(
+                self.run.round_url(number),
+                descriptors_folder(self.run.round_url(number)),
+                rows,
+                lambda sample, start: self.tools.fit(sample, start, seed, self.settings.cluster.clusters),
+                self.tools.run_on_shards,
+                sample=self.settings.cluster.sample,
+                seed=seed,
+                start=self.run.centroids(previous.number) if warm else None,
+            )
+            record = RoundRecord(
+                number=number,
+                kind="correspondence",
+                step=step,
+                weights=weights_hash(model),
+                manifest=self.corpus.manifest_hash,
+                seed=seed,
+                backend=found.kmeans.backend,
+                thresholds=found.thresholds.tolist(),
+                active=(found.population > self.settings.stage2.min_population).tolist(),
+                population=found.population.tolist(),
+                figures=correspondence_figures(found)
+                | {"unusable_descriptors": dropped}
+                | self._persistence(previous, found.thresholds, number),
+                seconds={"extract": extracted - started} | found.seconds,
+            )
+            moved = self._equivariance(called, found)
+            rest = time.monotonic() - started - sum(record.seconds.values())
+            record = record.model_copy(
+                update={"figures": record.figures | moved, "seconds": record.seconds | {"figures": rest}}
+            )
+            self.run.finish_round(record, found.kmeans.centroids)
+            self.tools.log(record.line())
+            # Labels and centroids are what is left of a round; its descriptors would fill any disk over the rounds.
+            for done in (previous.number, number):
+                storage.remove(descriptors_folder(self.run.round_url(done)))
+        self.group.wait()
+
+    def merge(self, model: LandmarkDetector, called: nn.Module, previous: RoundRecord, step: int) -> None:
+        """Joins clusters that name the same place and renames the labels (section 3.3).
+
+        Args:
+            model: stage-2 network without DDP wrapper, in eval mode.
+            called: the same as it is called, perhaps compiled.
+            previous: record of the round whose labels were trained on.
+            step: optimizer steps taken in the run.
+        """
+        number, two, started = previous.number + 1, self.settings.stage2, time.monotonic()
+        overlaps = []
+        for done, shard in enumerate(self._mine(), start=1):
+            predicted = predict_shard(called, self.corpus, shard, self.settings)
+            confidence = np.where(previous.active, predicted.confidence, 0.0)
+            overlaps.append(
+                count_overlaps(predicted.points, confidence, confident=two.merge_confidence, radius=two.merge_radius)
+            )
+            self._progress("merge", done)
+        shares = [reduce(add, own) for own in self.group.gather(overlaps) if own]
+        if self.group.rank == 0:
+            overlap = reduce(add, shares)
+            mapping = merge_plan(overlap, two.merge_share)
+            url = self.run.round_url(number)
+            shards = [shard.file for shard in self.corpus.train]
+            counts = self.tools.run_on_shards(
+                merge_shard,
+                [(self.run, previous, s, labels_url(url, s), mapping, overlap.confident) for s in shards],
+            )
+            population = np.sum([population for population, _ in counts], 0)
+            active = np.array(previous.active) & (mapping == np.arange(len(mapping)))
+            partner = None
+            if two.flip_share:
+                found = shard_symmetry(model, self.corpus, self.corpus.train[0], self.settings, two.merge_confidence)
+                # An inactive channel draws nothing that could be trusted.
+                sound = active & active[found.partner] & (found.partner >= 0)
+                partner = np.where(sound, found.partner, -1).tolist()
+            record = previous.model_copy(
+                update={
+                    "number": number,
+                    "kind": "merge",
+                    "step": step,
+                    "weights": weights_hash(model),
+                    "backend": None,
+                    "thresholds": None,
+                    "active": active.tolist(),
+                    "population": population.tolist(),
+                    "partner": partner,
+                    "figures": {
+                        "labels_per_image": float(population.sum() / sum(images for _, images in counts)),
+                        "clusters_in_use": int(active.sum()),
+                        "merged": int(np.sum(previous.active) - active.sum()),
+                    },
+                    "seconds": {"merge": time.monotonic() - started},
+                }
+            )
+            self.run.finish_round(record, None)
+            self.tools.log(record.line())
+        self.group.wait()
+
+    def _mine(self) -> list[ShardInfo]:
+        return balanced(self.corpus.train, self.group.world)[self.group.rank]
+
+    def _progress(self, what: str, done: int) -> None:
+        self.tools.log({"kind": "shards", "what": what, "done": done, "total": len(self._mine())})
+
+    def _extract(self, model: nn.Module, previous: RoundRecord) -> tuple[dict[str, int], int]:
+        """Writes the descriptor shards of this worker.
+
+        Returns:
+            The rows of all workers' shards, and how many descriptors all workers dropped as unusable.
+        """
+        rows, dropped = {}, 0
+        with ThreadPoolExecutor(1, thread_name_prefix="save") as pool:
+            written: Future[None] | None = None
+            for done, shard in enumerate(self._mine(), start=1):
+                descriptors, lost = extract_descriptors(
+                    model,
+                    self.corpus.url,
+                    shard,
+                    self.run.labels(previous, shard.file),
+                    input_size=self.settings.network.input_size,
+                    threshold=self.settings.stage1.threshold,
+                    precision=self.settings.resources.precision,
+                )
+                # Written while the next shard is computed; no more than one waits, or memory would grow.
+                if written:
+                    written.result()
+                url = descriptors_url(self.run.round_url(previous.number + 1), shard.file)
+                written = pool.submit(descriptors.save, url)
+                rows[shard.file] = len(descriptors.points)
+                dropped += lost
+                self._progress("extract", done)
+            if written:
+                written.result()
+        everyone = {file: count for own in self.group.gather(rows) for file, count in own.items()}
+        return everyone, sum(self.group.gather(dropped))
+
+    def _persistence(self, previous: RoundRecord, thresholds: np.ndarray, number: int) -> dict[str, float]:
+        if previous.kind != "correspondence":
+            return {}  # clusters of the first keypoints have other numbers
+        shards = [shard.file for shard in self.corpus.train]
+        url = self.run.round_url(number)
+        shares = self.tools.run_on_shards(
+            shard_persistence, [(self.run, previous, s, labels_url(url, s), thresholds) for s in shards]
+        )
+        return {"label_persistence": float(np.average([share for share, _ in shares], weights=[n for _, n in shares]))}
+
+    def _equivariance(self, model: nn.Module, found: Correspondence) -> dict[str, float]:
+        size = self.settings.network.input_size
+        batch = next(shard_batches(self.corpus.url, self.corpus.train[0], size, EQUIVARIANCE_IMAGES))
+        moved, predicted = keypoint_equivariance(
+            model,
+            batch,
+            found.kmeans.centroids,
+            found.thresholds,
+            input_size=size,
+            threshold=self.settings.stage1.threshold,
+            precision=self.settings.resources.precision,
+            seed=self.settings.seed,
+        )
+        error = equivariance_error(moved, predicted, size)
+        return {"equivariance_error": error} if np.isfinite(error) else {}
+
+
+def correspondence_figures(found: Correspondence) -> dict[str, float]:
+    """The label-free figures that every round of correspondence has."""
+    return {
+        "labels_per_image": float(found.population.sum() / max(1, found.images)),
+        "clusters_in_use": int((found.population > 0).sum()),
+        "inertia": found.kmeans.inertia,
+        "kmeans_iterations": found.kmeans.iterations,
+        "empty_clusters": found.kmeans.empty,
+    }
+
+
+def predict_shard(
+    model: nn.Module,
+    corpus: Corpus,
+    shard: ShardInfo,
+    settings: TrainSettings,
+    warp_seed: int | None = None,
+    mirrored: bool = False,
+) -> Predictions:
+    """Landmarks on all images of a shard; see `sst.train.extraction.predict_landmarks`."""
+    size = settings.network.input_size
+    batches = shard_batches(corpus.url, shard, size, BATCH)
+    return predict_landmarks(
+        model,
+        batches,
+        input_size=size,
+        precision=settings.resources.precision,
+        warp_seed=warp_seed,
+        mirrored=mirrored,
+    )
+
+
+def shard_symmetry(
+    model: LandmarkDetector, corpus: Corpus, shard: ShardInfo, settings: TrainSettings, visible: float
+) -> Symmetry:
+    """Left/right pairs as the images of one shard show them."""
+    plain, mirrored = (predict_shard(model, corpus, shard, settings, mirrored=flag) for flag in (False, True))
+    return find_symmetry(plain.visible_points(visible), mirrored.visible_points(visible), SCORING_SIZE)
+
+
+def merge_shard(
+    run: RunDirectory,
+    previous: RoundRecord,
+    shard: str,
+    target: str,
+    mapping: np.ndarray,
+    confident: np.ndarray,
+) -> tuple[np.ndarray, int]:
+    """Writes a shard's merged labels; returns labels per cluster and the number of images."""
+    labels = apply_merge(run.labels(previous, shard), mapping, confident)
+    labels.save(target)
+    return np.bincount(labels.cluster, minlength=len(mapping)), len(labels)
+
+
+def shard_persistence(
+    run: RunDirectory, previous: RoundRecord, shard: str, current: str, thresholds: np.ndarray
+) -> tuple[float, int]:
+    """Share of a shard's previous labels that are found again, and how many previous labels there were."""
+    before = run.labels(previous, shard)
+    share = label_persistence(before, Labels.load(current).below(thresholds), PERSISTENCE_RADIUS)
+    return (share if len(before.points) else 0.0), max(1, len(before.points))

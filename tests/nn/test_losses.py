@@ -1,0 +1,113 @@
+"""Losses against the definitions, written as loops over points."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sst.nn.losses import (
+    descriptor_loss,
+    detector_target,
+    landmark_loss,
+    landmark_target,
+    sample_descriptors,
+)
+
+
+def slow_descriptor_loss(first, second, c1, c2, margin):
+    terms = []
+    for b in range(len(first)):
+        shared = {int(c) for c in c1[b] if c >= 0} & {int(c) for c in c2[b] if c >= 0}
+        for i, a in enumerate(c1[b].tolist()):
+            for j, z in enumerate(c2[b].tolist()):
+                if a in shared and z in shared:
+                    d = float(np.linalg.norm(first[b, i].numpy() - second[b, j].numpy()))
+                    terms.append(d**2 if a == z else max(0.0, margin - d) ** 2)
+    return float(np.mean(terms)) if terms else 0.0
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_descriptor_loss_is_the_mean_over_pairs(seed):
+    generator = torch.Generator().manual_seed(seed)
+    first, second = torch.rand(3, 6, 4, generator=generator), torch.rand(3, 5, 4, generator=generator)
+    # A cluster occurs at most once per view; -1 is padding.
+    c1 = torch.stack([torch.randperm(8, generator=generator)[:6] - 2 for _ in range(3)]).clamp_min(-1)
+    c2 = torch.stack([torch.randperm(8, generator=generator)[:5] - 2 for _ in range(3)]).clamp_min(-1)
+    ours = descriptor_loss(first, second, c1, c2, 0.8)
+    assert float(ours) == pytest.approx(slow_descriptor_loss(first, second, c1, c2, 0.8), abs=1e-5)
+    order = torch.randperm(6, generator=generator)
+    assert float(descriptor_loss(first[:, order], second, c1[:, order], c2, 0.8)) == pytest.approx(
+        float(ours), abs=1e-6
+    )
+
+
+def test_descriptor_loss_without_pairs_is_zero_with_finite_gradient():
+    first = torch.zeros(2, 3, 4, requires_grad=True)
+    loss = descriptor_loss(first, torch.zeros(2, 2, 4), torch.full((2, 3), -1), torch.zeros(2, 2).long(), 0.8)
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    assert torch.isfinite(first.grad).all()
+
+
+def test_coinciding_negatives_have_finite_gradient():
+    first = torch.zeros(1, 2, 4, requires_grad=True)
+    clusters = torch.tensor([[0, 1]])
+    descriptor_loss(first, torch.zeros(1, 2, 4), clusters, clusters, 0.8).backward()
+    assert torch.isfinite(first.grad).all()
+
+
+def test_bump_on_the_grid_is_the_published_one():
+    target, labelled = landmark_target(torch.tensor([[[3.0, 2.0]]]), torch.tensor([[1]]), 2, 6, 8)
+    expected = torch.zeros(6, 8)
+    expected[1:4, 2:5] = torch.tensor([[0.169, 0.411, 0.169], [0.411, 1.0, 0.411], [0.169, 0.411, 0.169]])
+    torch.testing.assert_close(target[0, 1], expected, atol=1e-3, rtol=0)
+    assert labelled.tolist() == [[False, True]]
+    assert target[0, 0].abs().sum() == 0
+
+
+@given(st.floats(1, 6), st.floats(1, 4))
+def test_bump_follows_its_point_between_cells(x, y):
+    target, _ = landmark_target(torch.tensor([[[x, y]]]), torch.tensor([[0]]), 1, 6, 8)
+    for row in range(6):
+        for column in range(8):
+            near = abs(column - x) <= 1.5 and abs(row - y) <= 1.5
+            value = np.exp(-((column - x) ** 2 + (row - y) ** 2) / (2 * 0.5625)) if near else 0.0
+            on_edge = min(abs(abs(column - x) - 1.5), abs(abs(row - y) - 1.5)) < 1e-5
+            assert on_edge or float(target[0, 0, row, column]) == pytest.approx(value, abs=1e-4)
+
+
+def test_detector_target_marks_labelled_cells_only():
+    points = torch.tensor([[[1.2, 0.6], [3.0, 3.0], [9.0, 9.0]]])
+    target = detector_target(points, torch.tensor([[4, -1, 2]]), 4, 5)
+    expected = torch.zeros(4, 5)
+    expected[1, 1] = 1
+    expected[3, 4] = 1  # outside points are clamped: augment marks those that left the view with -1
+    assert torch.equal(target[0, 0], expected)
+
+
+def test_detector_bump_target_is_the_highest_of_all_bumps():
+    points = torch.tensor([[[1.0, 1.0], [2.0, 1.0], [4.0, 3.0]]])
+    target = detector_target(points, torch.tensor([[0, 5, -1]]), 5, 6, "bump")
+    assert target[0, 0, 1, 1] == 1 and target[0, 0, 1, 2] == 1
+    assert float(target[0, 0, 1, 0]) == pytest.approx(0.411, abs=1e-3)
+    assert float(target[0, 0, 3, 4]) == 0.0
+
+
+def test_landmark_loss_counts_active_labelled_channels_only():
+    heat = torch.zeros(2, 3, 4, 4)
+    points = torch.tensor([[[1.0, 1.0], [2.0, 2.0]], [[1.0, 1.0], [0.0, 0.0]]])
+    cluster = torch.tensor([[0, 1], [2, -1]])
+    active = torch.tensor([True, False, True])
+    bump = 1 + 4 * 0.411112**2 + 4 * 0.169013**2
+    # Image 0 has channel 0 (1 is inactive), image 1 has channel 2: two channels, each with one whole bump.
+    assert float(landmark_loss(heat, points, cluster, active)) == pytest.approx(bump / 16, rel=1e-4)
+    assert float(landmark_loss(heat, points, torch.full((2, 2), -1), active)) == 0.0
+
+
+def test_descriptors_are_read_bilinearly_at_heatmap_points():
+    y, x = torch.meshgrid(torch.arange(5.0), torch.arange(7.0), indexing="ij")
+    maps = torch.stack([x, y, 2 * x - y])[None]
+    points = torch.tensor([[[0.0, 0.0], [2.25, 3.5], [6.0, 4.0]]])
+    read = sample_descriptors(maps, points)[0]
+    torch.testing.assert_close(read, torch.tensor([[0.0, 0, 0], [2.25, 3.5, 1.0], [6.0, 4.0, 8.0]]))

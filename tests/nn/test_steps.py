@@ -1,0 +1,113 @@
+"""What happens to a batch on the device: it needs torch and numpy alone, and the host hardly waits for it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.common import settings_of
+from cluster.shards import Labels
+from sst.config import PRESETS
+from sst.nn.network import DetectorDescriptor, LandmarkDetector
+from sst.nn.optimizer import Update
+from sst.nn.steps import random_batch, stage1_losses, stage2_losses
+from sst.train.extraction import padded_points
+from tests.small import SETTINGS
+
+WAITING = {
+    "aten::_local_scalar_dense",  # .item(), float(), bool()
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_unique2",
+    "aten::bincount",
+    "aten::repeat_interleave.Tensor",
+    "aten::lift_fresh",  # torch.tensor(...): a copy from the host
+}
+"""Operations whose result has a size, or a place, that a host must know: on a GPU it waits for all that came before."""
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations for which a host waits on a GPU, also where there is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        masked = name == "aten::index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name in WAITING or func.name() in WAITING or masked:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_counter_sees_what_waits() -> None:
+    with Waits() as waits:
+        x = torch.ones(3)
+        float(x.sum())
+        x[x > 0]
+        (x > 0).nonzero()
+    assert waits.seen == ["aten::_local_scalar_dense", "aten::index", "aten::nonzero"]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_never_waits_for_the_device(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sst.nn.augment.free_to_look", lambda device: False)  # as on a GPU
+    torch.manual_seed(0)
+    model = DetectorDescriptor(SETTINGS.network.shape)
+    batch, generator = random_batch(4, SETTINGS), torch.Generator().manual_seed(0)
+    active = torch.ones(SETTINGS.cluster.clusters, dtype=torch.bool)
+    partner = torch.arange(SETTINGS.cluster.clusters)
+    used = model if stage == 1 else LandmarkDetector.from_stage1(model, SETTINGS.cluster.clusters)
+    update = Update(used, 5e-4, 1e-5)
+    with Waits() as waits:
+        if stage == 1:
+            loss = stage1_losses(used, batch, SETTINGS, generator)["loss"]
+        else:
+            loss = stage2_losses(used, batch, active, SETTINGS, generator, partner)["loss"]
+        loss.backward()
+        update(5e-4)
+    assert waits.seen == []
+
+
+def test_what_runs_on_a_bare_gpu_machine_imports_with_torch_and_numpy_alone() -> None:
+    """Everything that the project's own dependencies bring beside torch and numpy is made absent."""
+    absent = "cv2 fsspec mlflow psutil pydantic ray rich safetensors scipy simplejpeg sklearn tenacity tyro webdataset"
+    modules = (
+        "sst.nn.steps sst.nn.network cluster.kmeans "
+        "benchmarks.step benchmarks.augment benchmarks.extract benchmarks.kmeans"
+    )
+    code = (
+        "import importlib, sys\n"
+        f"sys.modules.update(dict.fromkeys({absent.split()!r}))\n"
+        f"for name in {modules.split()!r}: importlib.import_module(name)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize(("size", "preset"), [("full", "celeba"), ("cpu", "faces-cpu")])
+def test_benchmarks_take_the_sizes_of_the_presets(size, preset) -> None:
+    taken, published = settings_of(size), PRESETS[preset][1]
+    for part in ("network", "cluster", "stage1", "stage2", "resources"):
+        for name, value in vars(getattr(taken, part)).items():
+            assert value == getattr(getattr(published, part), name), f"{part}.{name}"
+    assert random_batch(2, taken).images.shape == random_batch(2, published).images.shape
+
+
+@given(counts=st.lists(st.integers(0, 5), min_size=1, max_size=9), first=st.integers(0, 8), size=st.integers(1, 4))
+def test_padding_keeps_every_image_its_own_labels(counts, first, size) -> None:
+    first = min(first, len(counts) - 1)
+    ends, total = np.cumsum([0, *counts]), sum(counts)
+    points = np.arange(2.0 * total, dtype=np.float32).reshape(-1, 2)
+    labels = Labels(ends, points, np.zeros(total, np.int16), np.zeros(total, np.float32))
+    size = min(size, len(counts) - first)
+    padded = padded_points(labels, first, size)
+    for row in range(size):
+        own = padded[row][np.isfinite(padded[row, :, 0])]
+        np.testing.assert_array_equal(own, labels.sample(first + row)[0])
