@@ -12,11 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster import storage
+from sst.data.corpus import open_corpus
 from sst.predict.naming import Examples, curve
-from sst.report.evaluate_run import Annotated as AnnotatedImages
-from sst.report.evaluate_run import protocol_of
+from sst.report.evaluate_run import AnnotatedImages, protocol_of
 from sst.report.evaluation import PROTOCOLS
-from sst.run.pipeline import open_corpus
 from sst.train.run_directory import RunDirectory
 
 

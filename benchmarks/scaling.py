@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import idle_share, machine, summed_up
-from sst.config import PRESETS, TrainSettings
+from sst.config import TrainSettings
 from sst.nn.network import DetectorDescriptor
 from sst.nn.steps import random_batch, stage1_losses
+from sst.presets import PRESETS
 from sst.train.workers import Group
 
 WARM_UP = 2

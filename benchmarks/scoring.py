@@ -20,10 +20,10 @@ import numpy as np
 
 from benchmarks.common import idle_share, machine, print_table, summed_up
 from cluster import storage
+from sst.data.corpus import Corpus
 from sst.data.shards import SampleMeta, ShardWriter
 from sst.report import evaluation
-from sst.report.evaluate_run import Annotated, score_run
-from sst.train.rounds import Corpus
+from sst.report.evaluate_run import AnnotatedImages, score_run
 from sst.train.run_directory import RunDirectory
 
 TRAIN, TEST, POINTS, MODES = 1000, 300, 68, 10
@@ -102,7 +102,7 @@ def score(run: RunDirectory, corpus: Corpus) -> dict[str, float]:
     spent = dict.fromkeys(("all", "reading annotations", *PARTS), 0.0)
     with watched(spent):
         started = time.perf_counter()
-        annotated = Annotated.of(corpus)
+        annotated = AnnotatedImages.of(corpus)
         spent["reading annotations"] = time.perf_counter() - started
         assert annotated is not None
         score_run(run, corpus, annotated, visible=0.5)

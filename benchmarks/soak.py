@@ -22,7 +22,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from sst.config import PRESETS, TrainSettings
+from sst.config import TrainSettings
+from sst.presets import PRESETS
 from sst.run.own import scaled
 
 DEMO_MINUTES = 8.0

@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from sst.config import PRESETS, TrainSettings
-from sst.run.pipeline import differences
+from sst.config import TrainSettings, differences
+from sst.presets import PRESETS
 
 PAGE = Path(__file__).with_name("reference.md")
 

@@ -6,15 +6,15 @@ import tyro
 from pydantic import BaseModel, ConfigDict
 
 from cluster import storage
-from jobs import pack
-from jobs.evaluate import Run, evaluate_run
-from jobs.train import print_outcome
-from sst.config import PRESETS
+from sst.corpora.sources import Toy, pack_source
 from sst.data.shards import MANIFEST
 from sst.errors import exit_on_user_error
-from sst.run.pipeline import Tracking, train_run
+from sst.presets import PRESETS
+from sst.report.evaluate_run import Run, evaluate_run
+from sst.run.console import print_outcome
+from sst.run.pipeline import train_run
 from sst.run.preflight import check_kept
-from sst.run.tracking import DEFAULT_URI
+from sst.run.tracking import DEFAULT_URI, Tracking
 
 
 class Demo(BaseModel):
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_kept(runs=config.runs, tracking=config.tracking)
     shards = storage.join(config.runs, f"toy-{config.images}")
     if not storage.exists(storage.join(shards, MANIFEST)):
-        pack.main(["toy", "--count", str(config.images), "--out", shards])
+        pack_source(Toy(count=config.images, out=shards))
     run_url = storage.join(config.runs, config.name)
     outcome = train_run(
         PRESETS["toy-cpu"][1],

@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster import storage
-from sst.config import PRESETS, TrainSettings
+from sst.config import TrainSettings
 from sst.errors import UserError, exit_on_user_error
-from sst.run.pipeline import Tracking, with_absolute_weights
+from sst.presets import PRESETS
+from sst.run.claim import with_absolute_weights
 from sst.run.preflight import check_kept
-from sst.run.tracking import DEFAULT_URI, absolute_uri
+from sst.run.tracking import DEFAULT_URI, Tracking, absolute_uri
 from sst.tune.objective import Objective
 from sst.tune.search_space import default_space, draw_trials, parse_space, read_space
 from sst.tune.sweep import Sweep, TrialRecord, best_of, run_sweep, told

@@ -4,7 +4,7 @@ Every model is frozen and refuses unknown keys. Defaults are the published value
 and supplementary material; CelebA); a preset states only what differs.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import tyro
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -287,70 +287,9 @@ class TrainSettings(Settings):
         return self
 
 
-PRESETS: dict[str, tuple[str, TrainSettings]] = {
-    "celeba": ("CelebA faces, published schedule", TrainSettings()),
-    "ls3d": ("300W-LP and LS3D-W faces, published schedule", TrainSettings()),
-    "human36m": (
-        "Human3.6M bodies, published schedule, 250 clusters",
-        TrainSettings(
-            keypoints=KeypointSettings(remove_background=True),
-            cluster=ClusterSettings(clusters=250),
-        ),
-    ),
-    "faces-cpu": (
-        "any faces on 2 CPU cores in half an hour: 96 px input, a network of 0.35 M parameters, 30 clusters",
-        TrainSettings(
-            network=NetworkSettings(input_size=96, width=64, depth=3, groups=8, descriptor_size=64),
-            keypoints=KeypointSettings(outlier_reference=10_000, outlier_neighbours=7),
-            cluster=ClusterSettings(clusters=30, sample=100_000),
-            stage1=Stage1Settings(
-                warmup_iterations=1_000,
-                rounds=8,
-                round_iterations=500,
-                min_labels=4,
-                detector_target="bump",
-                detector_weight=2.0,
-                threshold=0.15,
-            ),
-            stage2=Stage2Settings(
-                iterations=6_000,
-                batch=32,
-                milestones=(4_000, 5_000),
-                min_population=200,
-                merge_after=2_000,
-                merge_every=1_000,
-                # Places that the network is sure of reach 0.6 to 0.7; points that slide along a contour stay near 0.4.
-                visible=0.4,
-            ),
-            resources=ResourceSettings(checkpoint_steps=200),
-        ),
-    ),
-    "toy-cpu": (
-        "the embedded corpus on 2 CPU cores in ten to fifteen minutes",
-        TrainSettings(
-            network=NetworkSettings(input_size=96, width=64, depth=3, groups=8, descriptor_size=64),
-            keypoints=KeypointSettings(outlier_share=0.2, outlier_reference=5_000, outlier_neighbours=7),
-            cluster=ClusterSettings(clusters=30, sample=50_000),
-            stage1=Stage1Settings(
-                warmup_iterations=400,
-                rounds=4,
-                round_iterations=150,
-                min_labels=4,
-                detector_target="bump",
-                detector_weight=2.0,
-                threshold=0.15,
-            ),
-            stage2=Stage2Settings(
-                iterations=1_400,
-                batch=32,
-                milestones=(1_000, 1_200),
-                min_population=60,
-                merge_after=600,
-                merge_every=400,
-            ),
-            resources=ResourceSettings(checkpoint_steps=200),
-        ),
-    ),
-    "bbcpose": ("BBC Pose signers, published schedule", TrainSettings()),
-}
-"""Name: what it is for, and its settings."""
+def differences(before: Any, after: Any, path: str = "") -> list[str]:
+    """Fields in which two nested settings differ, as "path: before -> after"."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = sorted(before.keys() | after.keys())
+        return [d for k in keys for d in differences(before.get(k), after.get(k), f"{path}.{k}" if path else k)]
+    return [] if before == after else [f"{path}: {before} -> {after}"]

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pydantic import ValidationError
 
 from cluster.storage import CredentialsInUrlError, StoreUnreachableError
-from sst.run.interrupt import Terminated
 
 
 class UserError(Exception):
@@ -50,3 +49,11 @@ def exit_on_user_error() -> Iterator[None]:
                 f"error: {'.'.join(map(str, problem['loc']))}: {problem['msg']}".replace(": : ", ": "), file=sys.stderr
             )
         raise SystemExit(2) from None
+
+
+class Stopped(Exception):
+    """Raised in a worker's loop, after its checkpoint, when it was asked to stop."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what `ray job stop`, a scheduler or a spot notice sends."""

@@ -22,7 +22,8 @@ from sst.config import TrainSettings
 from sst.corpora import folder
 from sst.corpora.drawings import draw
 from sst.corpora.packing import UnusableImage, read_image
-from sst.data.shards import Manifest, SampleMeta, ShardWriter, decode_jpeg_scaled, read_shard
+from sst.data.jpeg import decode_jpeg_scaled
+from sst.data.shards import Manifest, SampleMeta, ShardWriter, read_shard
 from sst.errors import UserError
 from sst.nn.network import LandmarkDetector
 from sst.nn.optimizer import Update

@@ -20,10 +20,11 @@ from sst.config import (
     TrainSettings,
 )
 from sst.corpora.drawings import draw
+from sst.data.corpus import Corpus
 from sst.data.shards import SampleMeta, ShardWriter
 from sst.train.first_round import make_first_round
-from sst.train.rounds import Corpus, Tools
 from sst.train.run_directory import RunDirectory
+from sst.train.tools import Tools
 from sst.train.trainer import Trainer
 from sst.train.workers import Group
 

@@ -3,10 +3,11 @@
 from benchmarks.round import rounds_of
 from cluster.actor import read_sample
 from cluster.kmeans import fit
+from sst.data.corpus import open_corpus
+from sst.run.claim import claim
 from sst.run.metrics import MetricsFile
-from sst.run.pipeline import claim, open_corpus
-from sst.train.rounds import Tools
 from sst.train.run_directory import RunDirectory
+from sst.train.tools import Tools
 from tests.small import SETTINGS, train_locally, write_toy
 
 

@@ -18,8 +18,10 @@ from cluster import storage
 from docs import reference
 from jobs import compare, demo, train, tune
 from sst.corpora.drawings import draw
+from sst.data.corpus import open_corpus
+from sst.report.finish import finish_run
 from sst.run import own
-from sst.run.pipeline import claim, finish_run, open_corpus
+from sst.run.claim import claim
 from sst.train.run_directory import RunDirectory
 from sst.tune import comparison, sweep
 from tests.small import SETTINGS, local_tools, train_locally
@@ -42,14 +44,6 @@ def commands(page: str) -> list[str]:
 
 def is_command(line: str) -> bool:
     return re.match(r"(\.venv/bin/|python -m |make |ray |PATH=)", line) is not None
-
-
-class Untracked:
-    """Stands where MLflow would be."""
-
-    def log(self, *_: object) -> None: ...
-
-    def log_files(self, *_: object) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +87,12 @@ def world(tmp_path, monkeypatch, finished):
         if not known.exists():
             train_locally(corpus.url, str(known), local_tools([]), SETTINGS)
         shutil.copytree(known, run.url, dirs_exist_ok=True)
-        return finish_run(run, corpus, SETTINGS, Untracked(), 1.0)
+        return finish_run(run, corpus, SETTINGS, 1.0)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "train_run", quickly)
-    monkeypatch.setattr(train, "measure", lambda settings, machine: own.Speed(0.1, 0.1, 3.5))
+    monkeypatch.setattr(own, "train_run", quickly)
+    monkeypatch.setattr(own, "measure", lambda settings, machine: own.Speed(0.1, 0.1, 3.5))
     monkeypatch.setattr(demo, "train_run", quickly)
     one = sweep.TrialRecord(values={}, status="finished", objective=1.0)
     monkeypatch.setattr(

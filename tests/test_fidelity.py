@@ -10,13 +10,13 @@ import torch
 
 from cluster.shards import Descriptors, Labels
 from jobs import train
-from sst.config import PRESETS
+from sst.data.corpus import Corpus
 from sst.nn.geometry import box_to_view
 from sst.nn.network import DetectorDescriptor, LandmarkDetector
 from sst.nn.steps import Batch, stage1_losses, stage2_losses
 from sst.nn.suppression import decode_landmarks
+from sst.presets import PRESETS
 from sst.train.extraction import extract_descriptors
-from sst.train.rounds import Corpus
 from tests.small import SETTINGS, local_tools, train_locally, write_scenes
 
 PUBLISHED = {

@@ -9,11 +9,12 @@ from PIL import Image
 
 from jobs import evaluate, export, import_checkpoint, pack, predict, train
 from jobs import name as naming
-from sst.config import PRESETS
 from sst.corpora.drawings import draw
+from sst.data.corpus import open_corpus
 from sst.errors import UserError
 from sst.nn.network import LandmarkDetector
-from sst.run.pipeline import as_begun, claim, open_corpus
+from sst.presets import PRESETS
+from sst.run.claim import as_begun, claim
 from sst.train.model import save_model
 from sst.train.run_directory import RunDirectory
 from tests.small import SETTINGS, write_toy

@@ -2,7 +2,8 @@
 
 import pytest
 
-from jobs import evaluate, pack, train
+from jobs import pack, train
+from sst.report.evaluate_run import Run, evaluate_run
 
 SHORT = """
 --network.input-size 64 --stage1.warmup-iterations 250 --stage1.rounds 2 --stage1.round-iterations 100
@@ -16,7 +17,7 @@ def test_trained_landmarks_beat_a_constant_guess_and_the_first_keypoints(tmp_pat
     pack.main(f"toy --count 900 --seed 3 --out {tmp_path / 'shards'}".split())
     place = ["--shards", str(tmp_path / "shards"), "--name", "quality", "--runs", str(tmp_path)]
     train.main(["toy-cpu", *place, "--tracking", f"sqlite:///{tmp_path}/mlflow.db", *SHORT])
-    rows = evaluate.evaluate_run(evaluate.Run(run=str(tmp_path / "quality")))
+    rows = evaluate_run(Run(run=str(tmp_path / "quality")))
     constant, _ = rows["constant guess"]
     before, first = rows["first keypoints, no training"]
     after, trained = rows["trained landmarks"]

@@ -21,9 +21,11 @@ from cluster import storage
 from jobs import pack, predict, train
 from sst.config import TrainSettings
 from sst.corpora.packing import UnusableImage, read_image
-from sst.data.shards import decode_jpeg_scaled, read_shard
+from sst.data.corpus import open_corpus
+from sst.data.jpeg import decode_jpeg_scaled
+from sst.data.shards import read_shard
 from sst.errors import UserError
-from sst.run.pipeline import claim, open_corpus
+from sst.run.claim import claim
 from sst.train.model import load_model
 from sst.train.run_directory import RunDirectory
 from tests.small import SETTINGS, write_toy

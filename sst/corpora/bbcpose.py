@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from sst.corpora.files import find, names_in, read_mat, refuse_missing
-from sst.corpora.packing import Annotated, Item, read_image
+from sst.corpora.packing import Item, SourceImage, read_image
 from sst.data.shards import Split
 from sst.errors import UserError
 
@@ -78,13 +78,13 @@ def _video_items(base: Path, path: Path, video: np.void, number: int, split: Spl
     ]
 
 
-def load(path: Path, points_72: np.ndarray) -> Annotated:
+def load(path: Path, points_72: np.ndarray) -> SourceImage:
     """Reads a frame.
 
     Raises:
         UnusableImage: if it can't be read.
     """
-    return Annotated(read_image(path), signer_box(points_72), points_72)
+    return SourceImage(read_image(path), signer_box(points_72), points_72)
 
 
 def signer_box(points_L2: np.ndarray) -> tuple[float, float, float, float] | None:

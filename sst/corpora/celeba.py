@@ -13,7 +13,7 @@ import numpy as np
 
 from sst.corpora.faces import Box, box_of_five, grown_box
 from sst.corpora.files import additions, find, names_in, read_lines, refuse_missing
-from sst.corpora.packing import Annotated, Item, UnusableImage, read_image
+from sst.corpora.packing import Item, SourceImage, UnusableImage, read_image
 from sst.data.shards import Split
 from sst.errors import UserError
 
@@ -77,7 +77,7 @@ def items(root: str, annotations: str | None = None) -> list[Item]:
     return [item(name, "train") for name in names] + [item(name, "test") for name in mafl_testing]
 
 
-def load(path: Path, box: Box, points: np.ndarray | None) -> Annotated:
+def load(path: Path, box: Box, points: np.ndarray | None) -> SourceImage:
     """Reads an aligned image.
 
     Raises:
@@ -87,7 +87,7 @@ def load(path: Path, box: Box, points: np.ndarray | None) -> Annotated:
     height, width = image.shape[:2]
     if (width, height) != (WIDTH, HEIGHT):
         raise UnusableImage(f"{width} x {height} pixels; aligned images have {WIDTH} x {HEIGHT}")
-    return Annotated(image, grown_box(box, width, height), points, object_box=box)
+    return SourceImage(image, grown_box(box, width, height), points, object_box=box)
 
 
 def read_partition(path: Path) -> dict[str, int]:

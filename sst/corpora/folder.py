@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sst.corpora.packing import Annotated, Item, read_image, split_of
+from sst.corpora.packing import Item, SourceImage, read_image, split_of
 from sst.data.shards import Split
 from sst.errors import UserError
 
@@ -19,7 +19,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Annotation of one object in one image file; fields as of `Annotated` and `Item`."""
+    """Annotation of one object in one image file; fields as of `SourceImage` and `Item`."""
 
     file: str
     split: str = ""
@@ -70,8 +70,8 @@ def items(images: str, annotations: str | None = None, test_share: float = 0.1) 
 
 
 def _folder_item(root: Path, row: Row, source: str, test_share: float) -> Item:
-    def load() -> Annotated:
-        return Annotated(read_image(root / row.file), row.box, row.points, row.visible)
+    def load() -> SourceImage:
+        return SourceImage(read_image(root / row.file), row.box, row.points, row.visible)
 
     # All objects of one image belong to one split, hence the hash of the file's name.
     split: Split = split_of(row.file, test_share) if not row.split else "test" if row.split == "test" else "train"

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from sst.corpora.files import find, names_in, refuse_missing
-from sst.corpora.packing import Annotated, Item, UnusableImage
+from sst.corpora.packing import Item, SourceImage, UnusableImage
 from sst.data.shards import Split
 from sst.errors import UserError
 from sst.nn.geometry import transform_points
@@ -155,11 +155,11 @@ def frames(clip: Clip) -> Iterator[Item]:
             yield Item(f"{clip.subject}/{clip.name}/{number:06d}", clip.split, clip.subject, load, JOINTS)
 
 
-def _give(annotated: Annotated) -> Annotated:
+def _give(annotated: SourceImage) -> SourceImage:
     return annotated
 
 
-def _refuse(reason: str) -> Annotated:
+def _refuse(reason: str) -> SourceImage:
     raise UnusableImage(reason)
 
 
@@ -214,7 +214,7 @@ def view_box() -> tuple[float, float, float, float]:
     return low, low, high, high
 
 
-def person(image: np.ndarray | None, box: tuple[int, int, int, int], points_L2: np.ndarray) -> Annotated:
+def person(image: np.ndarray | None, box: tuple[int, int, int, int], points_L2: np.ndarray) -> SourceImage:
     """The person crop, black where it reaches out of the frame, with view-consistent points.
 
     Raises:
@@ -228,7 +228,7 @@ def person(image: np.ndarray | None, box: tuple[int, int, int, int], points_L2: 
     crop = cv2.warpAffine(image, matrix[:2], (CROP, CROP), flags=cv2.INTER_LINEAR)
     points = transform_points(matrix, points_L2.astype(np.float64))
     x0, y0, x1, y1 = transform_points(matrix, np.array(box, np.float64).reshape(2, 2)).ravel().tolist()
-    return Annotated(crop, view_box(), view_consistent(points), object_box=(x0, y0, x1, y1))
+    return SourceImage(crop, view_box(), view_consistent(points), object_box=(x0, y0, x1, y1))
 
 
 def view_consistent(points_L2: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 from sst.corpora import torch7
 from sst.corpora.faces import Box, extent_box, grown_box
 from sst.corpora.files import additions, find, names_in, read_mat, refuse_missing
-from sst.corpora.packing import Annotated, Item, UnusableImage, read_image
+from sst.corpora.packing import Item, SourceImage, UnusableImage, read_image
 from sst.data.shards import Split
 from sst.errors import UserError
 
@@ -79,7 +79,7 @@ def _test_images(base: Path) -> list[Path]:
     return images
 
 
-def load(image: Path, landmarks: Path, read: Callable[[Path], np.ndarray], box: Box | None) -> Annotated:
+def load(image: Path, landmarks: Path, read: Callable[[Path], np.ndarray], box: Box | None) -> SourceImage:
     """Reads an image, its points, and derives its box.
 
     Raises:
@@ -95,7 +95,7 @@ def load(image: Path, landmarks: Path, read: Callable[[Path], np.ndarray], box: 
         raise UnusableImage(str(error)) from error
     pixels = read_image(image)
     box = box or extent_box(points)
-    return Annotated(pixels, grown_box(box, pixels.shape[1], pixels.shape[0]), points, object_box=box)
+    return SourceImage(pixels, grown_box(box, pixels.shape[1], pixels.shape[0]), points, object_box=box)
 
 
 def read_pts(path: Path) -> np.ndarray:

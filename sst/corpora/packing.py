@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from cluster import storage
+from sst.data.jpeg import MAX_PIXELS
 from sst.data.loader import ordered_map
-from sst.data.shards import MAX_PIXELS, Manifest, RawSample, SampleMeta, ShardWriter, Split, shard_bytes
+from sst.data.shards import Manifest, RawSample, SampleMeta, ShardWriter, Split, shard_bytes
 from sst.errors import UserError
 from sst.nn.geometry import resize_matrix, transform_points
 
@@ -33,7 +34,7 @@ class UnusableImage(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class Annotated:
+class SourceImage:
     """A source image and what is annotated on it.
 
     Attributes:
@@ -58,7 +59,7 @@ class Item:
     source: str
     split: Split
     subject: str | None
-    load: Callable[[], Annotated]
+    load: Callable[[], SourceImage]
     landmarks: int | None = None
 
 

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from sst.corpora.packing import Annotated, Item, split_of
+from sst.corpora.packing import Item, SourceImage, split_of
 from sst.errors import UserError
 
 
@@ -21,11 +21,11 @@ def items(count: int, seed: int, size: int, test_share: float = 0.1) -> list[Ite
     if count < 1:
         raise UserError(f"count: at least 1 image is needed, got {count}")
 
-    def load(index: int) -> Annotated:
+    def load(index: int) -> SourceImage:
         from sst.corpora.drawings import draw
 
         drawn = draw(seed, index, size)
-        return Annotated(drawn.image, drawn.box, drawn.points, drawn.visible)
+        return SourceImage(drawn.image, drawn.box, drawn.points, drawn.visible)
 
     names = [f"toy-{seed}-{index:07d}" for index in range(count)]
     return [Item(name, split_of(name, test_share), None, partial(load, i)) for i, name in enumerate(names)]

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from cluster import storage
+from sst.environment import MLFLOW_ENVIRONMENT, set_environment
 from sst.nn.network import LandmarkDetector
 from sst.predict.predictor import ImageLandmarks
-from sst.run.tracking import MLFLOW_ENVIRONMENT, set_environment
 from sst.train.model import ModelRecord
 
 LARGEST_BATCH, SMALLEST_SIDE, LARGEST_SIDE = 4096, 8, 16384

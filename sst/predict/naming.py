@@ -9,27 +9,29 @@ Shape letters: N images, K landmarks, L named points. Points are (x, y) in pixel
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import tyro
 from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.table import Table
 
 from cluster import storage
+from sst.corpora import folder
 from sst.errors import UserError
-from sst.predict.predictor import Box, in_image, in_view
-
-VIEW = 256.0
+from sst.predict.predictor import Found, in_image, in_view, open_model, predict
+from sst.predict.shape import VIEW, _map_back, affine_maps, lay_on, left_over, mean_shape
+from sst.predict.sources import Box, Target
+from sst.progress import with_progress
 
 LEAST_FOR_REGRESSION = 5
 """With fewer images a named point only follows the affine map."""
 
-STIFFNESS = 20.0
-"""Pull of the affine map towards none, in sureties of one landmark; it matters where few landmarks are visible."""
 
 RIDGES = tuple(10.0**power for power in range(0, 8))
 """Ridge weights among which leaving images out decides; the last leaves next to nothing of the regression."""
 
-ALIGNMENTS = 5
-"""Times that the mean shape is found again."""
 
 REACH = 25.0
 """A named point's confidence is that of the landmarks around it, weighted by exp(-distance / REACH)."""
@@ -88,58 +90,6 @@ class NamedPoints(BaseModel):
 def sureties(confidence_NK: np.ndarray) -> np.ndarray:
     """Weight of every landmark: its confidence, or none where it is faint."""
     return np.where(confidence_NK >= FAINT, confidence_NK, 0.0).astype(np.float64)
-
-
-def affine_maps(
-    points_NK2: np.ndarray, surety_NK: np.ndarray, shape_K2: np.ndarray, stiffness: float = STIFFNESS
-) -> np.ndarray:
-    """The affine map of each image that lays its landmarks onto the shape best (weighted least squares).
-
-    The linear part is drawn towards the identity, so that it is defined for any number of visible landmarks.
-
-    Returns:
-        float64 (N, 3, 2): (x, y, 1) of the image times this gives the place on the shape.
-    """
-    maps = np.zeros((len(points_NK2), 3, 2))
-    for number, (points, surety) in enumerate(zip(points_NK2.astype(np.float64), surety_NK, strict=True)):
-        total = max(surety.sum(), 1e-9)
-        centre = surety @ points / total if surety.any() else np.full(2, VIEW / 2)
-        target = surety @ shape_K2 / total if surety.any() else centre
-        own, aim = points - centre, shape_K2 - target
-        spread = stiffness * (VIEW / 8) ** 2
-        gram = own.T @ (surety[:, None] * own) + spread * np.eye(2)
-        linear = np.linalg.solve(gram, own.T @ (surety[:, None] * aim) + spread * np.eye(2))
-        maps[number] = np.vstack([linear, target - centre @ linear])
-    return maps
-
-
-def lay_on(maps_N32: np.ndarray, points_NX2: np.ndarray) -> np.ndarray:
-    """Points of the images on the shape, by their maps."""
-    return np.asarray(points_NX2 @ maps_N32[:, :2] + maps_N32[:, 2:])
-
-
-def _map_back(maps_N32: np.ndarray, places_NX2: np.ndarray) -> np.ndarray:
-    return np.asarray((places_NX2 - maps_N32[:, 2:]) @ np.linalg.inv(maps_N32[:, :2]))
-
-
-def left_over(maps_N32: np.ndarray, points_NK2: np.ndarray, surety_NK: np.ndarray, shape_K2: np.ndarray) -> np.ndarray:
-    """What the maps leave between landmarks and shape, by surety: float64 (N, 2K), 0 for an unseen landmark."""
-    off = (lay_on(maps_N32, points_NK2) - shape_K2) * np.minimum(1.0, 2 * surety_NK)[..., None]
-    return np.asarray(off.reshape(len(points_NK2), -1))
-
-
-def mean_shape(points_NK2: np.ndarray, surety_NK: np.ndarray, stiffness: float = STIFFNESS) -> np.ndarray:
-    """Mean place of every landmark after all images are laid onto each other; (K, 2)."""
-    total = surety_NK.sum(0)
-
-    def mean(points: np.ndarray) -> np.ndarray:
-        summed = (points * surety_NK[..., None]).sum(0)
-        return np.where(total[:, None] > 0, summed / np.maximum(total, 1e-9)[:, None], VIEW / 2)
-
-    shape = mean(points_NK2.astype(np.float64))
-    for _ in range(ALIGNMENTS):
-        shape = mean(lay_on(affine_maps(points_NK2, surety_NK, shape, stiffness), points_NK2))
-    return shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,3 +243,75 @@ def load_names(url: str) -> NamedPoints | None:
     if named.model != storage.read_json(storage.join(url, "model.json"))["weights"]:
         raise UserError(f"{path}: learnt for another model than the one beside it; run jobs.name again, or remove it")
     return named
+
+
+COUNTS = (1, 5, 10, 50, 300)
+
+
+HELD_OUT = 0.3
+"""Share of the images that errors are measured on, when there are enough."""
+
+
+class Name(BaseModel):
+    """Which model gets names, and from what."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Run directory of jobs.train, or the model/ directory in it."""
+    annotations: str
+    """COCO keypoints (.json), or CSV (file, x0, y0, x1, y1, ...); boxes in it are used as by jobs.pack."""
+    images: str | None = None
+    """Folder of the images; by default the one that the annotation file lies in."""
+
+
+def annotated_examples(config: Name) -> tuple[Examples, list[str], str, str]:
+    """Landmarks and annotated points of the images that are annotated.
+
+    Returns:
+        The examples, the points' names, the model's directory and the hash of its weights.
+
+    Raises:
+        UserError: if nothing is annotated, or an image is missing or unreadable.
+    """
+    model, record, place = open_model(config.model)
+    root = Path(config.images or Path(config.annotations).parent)
+    rows = [row for row in folder.read_annotations(config.annotations) if row.points is not None]
+    rows = [row for row in rows if row.points is not None and np.isfinite(row.points).all(-1).any()]
+    if not rows:
+        raise UserError(f"{config.annotations}: no annotated points in it; annotate a handful of images")
+    if missing := [row.file for row in rows if not (root / row.file).is_file()]:
+        raise UserError(
+            f"{config.annotations}: {len(missing)} of {len(rows)} annotated images are not in {root}: "
+            f"{', '.join(missing[:5])}; say where they are by --images"
+        )
+    targets = [Target(row.file, root / row.file, row.box) for row in rows]
+    results = predict(model, record.network.input_size, targets)
+    points, confidence, wanted = [], [], []
+    for row, found in zip(rows, with_progress(results, "finding landmarks", len(rows)), strict=True):
+        if not isinstance(found, Found):
+            raise UserError(f"{found.file}: {found.reason}; mend it or take it out of {config.annotations}")
+        assert row.points is not None
+        points.append(in_view(found.points, found.box, VIEW))
+        confidence.append(found.confidence)
+        wanted.append(in_view(row.points, found.box, VIEW))
+    examples = Examples(np.stack(points), np.stack(confidence), np.stack(wanted))
+    names = folder.point_names(config.annotations, examples.targets.shape[1])
+    return examples, names, place, record.weights
+
+
+def error_table(examples: Examples, seed: int = 0) -> Table | None:
+    """Errors by number of annotated images, on images that were held out; None where there are too few to tell."""
+    order = np.random.default_rng(seed).permutation(len(examples.points))
+    held = int(HELD_OUT * len(order))
+    if held < 2:
+        return None
+    rest, out = examples.subset(order[held:]), examples.subset(order[:held])
+    counts = (*(count for count in COUNTS if count < len(rest.points)), len(rest.points))
+    table = Table(
+        "annotated images", "mean error", "worst point", title=f"errors on {held} held-out images, % of the box's side"
+    )
+    for count, errors in curve(rest, out, counts).items():
+        by_point = np.nanmean(errors, 0)
+        table.add_row(str(count), f"{100 * np.nanmean(errors) / VIEW:.2f}", f"{100 * np.nanmax(by_point) / VIEW:.2f}")
+    return table

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from sst.report.plots import COLOURS
-
 CORNERS = (24, 4, 3, 6, 5)
 """Corners of the marks: a round one, a diamond, a triangle, ..."""
 
@@ -53,3 +51,6 @@ def draw_landmarks(
 def _rgb(landmark: int) -> tuple[int, int, int]:
     code = COLOURS[landmark % len(COLOURS)]
     return int(code[1:3], 16), int(code[3:5], 16), int(code[5:7], 16)
+
+
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#FFFFFF")

@@ -4,39 +4,30 @@ Shape letters: B batch, H W image, S side of the network's view, K landmarks, N 
 of the image that they were found on, with pixel centres at integers.
 """
 
-import csv
-import glob
-import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cluster import storage
-from sst.corpora import folder
 from sst.corpora.packing import UnusableImage, read_image, usable_box
 from sst.data.loader import ordered_map
-from sst.data.shards import MANIFEST, Manifest, decode, read_shard
 from sst.errors import UserError
 from sst.nn.geometry import STRIDE
 from sst.nn.network import LandmarkDetector
 from sst.nn.suppression import decode_landmarks
+from sst.predict.sources import Box, Target, as_box
 from sst.train.model import ModelRecord, load_model
-
-VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
 
 BATCH = 32
 """Objects per forward pass; their pictures wait in memory meanwhile."""
 
 PICTURE_SIDES = (640, 1920)
 """Pictures with landmarks have a longer side within these, so that labels fit and memory does not burst."""
-
-Box = tuple[float, float, float, float]
 
 
 def resampling(length: Tensor, first: Tensor, last: Tensor, size: int) -> Tensor:
@@ -100,24 +91,6 @@ class ImageLandmarks(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
-    """One object to find landmarks on.
-
-    Attributes:
-        file: name of its image.
-        source: what the image is read from: a file, the bytes of a stored sample, or an image already decoded.
-        box: x0, y0, x1, y1 of the object in pixels of the image; for None, and for one that is unusable (as of
-            `sst.corpora.packing.usable_box`), the whole image is seen.
-        number: which of several objects of the same image it is.
-    """
-
-    file: str
-    source: Path | np.ndarray
-    box: Box | None = None
-    number: int = 0
-
-
-@dataclass(frozen=True, eq=False)
 class Found:
     """Landmarks of one object.
 
@@ -150,23 +123,6 @@ class Unreadable:
     reason: str
 
 
-@dataclass(frozen=True, eq=False)
-class Sources:
-    """What to predict on.
-
-    Attributes:
-        targets: the objects, read as they are asked for.
-        total: how many there are (for a video, as many as it says of itself).
-        whole: whether no object has a box.
-        frames_per_second: of a video; None for images.
-    """
-
-    targets: Iterable[Target]
-    total: int
-    whole: bool
-    frames_per_second: float | None = None
-
-
 def find_model(url: str) -> str:
     """The directory of the model of a run, or the model directory itself.
 
@@ -195,103 +151,6 @@ def open_model(url: str) -> tuple[LandmarkDetector, ModelRecord, str]:
         raise UserError(str(error)) from error
 
 
-def find_sources(images: Sequence[str], boxes: str | None = None) -> Sources:
-    """What the person at the command line means by files, folders, patterns, a corpus or a video.
-
-    Args:
-        images: image files, folders (subfolders too) and patterns in any mixture; or one directory or URL of
-            shards; or one video file.
-        boxes: CSV or COCO file with boxes of the objects, several per image if need be; images that it does not
-            name are seen whole.
-
-    Raises:
-        UserError: if something is not there, holds no image, or can't be mixed.
-    """
-    if len(images) == 1 and storage.exists(storage.join(images[0], MANIFEST)):
-        return _shards(images[0], boxes)
-    if videos := [name for name in images if name.lower().endswith(VIDEO_SUFFIXES)]:
-        if len(images) > 1 or boxes is not None:
-            raise UserError(f"{videos[0]}: a video is predicted by itself and whole: one file, no --boxes")
-        return _video(videos[0])
-    files: dict[str, Path] = {}
-    for name in images:
-        files |= _files(name, alone=len(images) == 1)
-    rows: dict[str, list[Box | None]] = {}
-    if boxes is not None:
-        for row in folder.read_annotations(boxes):
-            rows.setdefault(row.file, []).append(row.box)
-        if missing := sorted(set(rows) - set(files)):
-            raise UserError(
-                f"{boxes}: {len(missing)} of {len(rows)} files named there are not among the {len(files)} images: "
-                f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
-            )
-    targets = [
-        Target(name, path, box, number)
-        for name, path in files.items()
-        for number, box in enumerate(rows.get(name, [None]))
-    ]
-    return Sources(targets, len(targets), whole=boxes is None)
-
-
-def _files(name: str, alone: bool) -> dict[str, Path]:
-    """Files of one argument by name; relative to a folder if that is all that was asked for."""
-    path = Path(name)
-    if path.is_dir():
-        found = {item.source: path / item.source for item in folder.items(name)}
-        return found if alone else {(path / own).as_posix(): file for own, file in found.items()}
-    if path.is_file():
-        return {path.name if alone else path.as_posix(): path}
-    matched = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
-    found = {file.as_posix(): file for file in matched if file.suffix.lower() in folder.IMAGE_SUFFIXES}
-    if not found:
-        is_pattern = glob.has_magic(name)
-        raise UserError(
-            f"{name}: {'no image matches this pattern' if is_pattern else 'no such file or folder'}; "
-            "give image files, folders, patterns, one directory of shards or one video"
-        )
-    return found
-
-
-def _shards(url: str, boxes: str | None) -> Sources:
-    if boxes is not None:
-        raise UserError(f"{url}: shards hold the boxes of their images; leave --boxes out")
-    try:
-        manifest = Manifest.load(url)
-        manifest.check(url)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-    def targets() -> Iterator[Target]:
-        for shard in manifest.shards:
-            for sample in read_shard(storage.join(url, shard.file), shard.sha256):
-                yield Target(f"{sample.key}.jpg", decode(sample)[0], sample.meta.box)
-
-    return Sources(targets(), sum(shard.samples for shard in manifest.shards), whole=False)
-
-
-def _video(name: str) -> Sources:
-    import cv2
-
-    if not Path(name).is_file():
-        raise UserError(f"{name}: no such file")
-    video = cv2.VideoCapture(name)
-    if not video.isOpened():
-        raise UserError(f"{name}: not a video that OpenCV can read; convert it to MP4 (H.264) first")
-
-    def targets() -> Iterator[Target]:
-        number = 0
-        while True:
-            good, frame = video.read()
-            if not good:
-                video.release()
-                return
-            yield Target(f"frame_{number:06d}", np.ascontiguousarray(frame[:, :, ::-1]))
-            number += 1
-
-    total = max(1, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
-    return Sources(targets(), total, True, video.get(cv2.CAP_PROP_FPS) or 25.0)
-
-
 @dataclass(frozen=True, eq=False)
 class _Loaded:
     target: Target
@@ -311,12 +170,6 @@ def _load(target: Target, view_size: int) -> "_Loaded | Unreadable":
     box = (0.0, 0.0, float(width), float(height)) if clipped is None else as_box(clipped)
     view = view_of_box(torch.tensor(image)[None], torch.tensor(box), view_size)[0]
     return _Loaded(target, (width, height), box, view, _picture(image))
-
-
-def as_box(corners: Sequence[float] | np.ndarray) -> Box:
-    """Four numbers as a box."""
-    x0, y0, x1, y1 = map(float, corners)
-    return x0, y0, x1, y1
 
 
 def _picture(image: np.ndarray) -> np.ndarray:
@@ -369,79 +222,3 @@ def in_view(points_K2: np.ndarray, box: Box, size: float) -> np.ndarray:
     """Pixels of the image in pixels of the view of its box; the inverse of `in_image`."""
     low, high = np.array(box[:2]), np.array(box[2:])
     return np.asarray((points_K2 - low) / (high - low) * size, np.float64)
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Points of many objects, ready to be written.
-
-    Attributes:
-        names: of the K points.
-        files: image of each of N objects.
-        sizes: width and height of the images.
-        boxes: of the objects.
-        points: (N, K, 2).
-        confidence: (N, K).
-        visible: confidence from which a point counts as visible.
-    """
-
-    names: Sequence[str]
-    files: Sequence[str]
-    sizes: Sequence[tuple[int, int]]
-    boxes: Sequence[Box]
-    points: np.ndarray
-    confidence: np.ndarray
-    visible: float
-
-
-def as_coco(rows: Rows, unreadable: Sequence[Unreadable]) -> dict[str, Any]:
-    """The points as a COCO keypoints data set.
-
-    A visible point has v = 2; any other has x = y = v = 0, as COCO asks for. Beyond COCO, every object has
-    `keypoint_scores` (a confidence per point) and `score` (their mean over the visible ones), and images that could
-    not be read are listed under `unreadable`.
-    """
-    ids = {name: number for number, name in enumerate(dict.fromkeys(rows.files), start=1)}
-    sizes = dict(zip(rows.files, rows.sizes, strict=True))
-    annotations = []
-    for number, (name, box) in enumerate(zip(rows.files, rows.boxes, strict=True)):
-        confidence = rows.confidence[number]
-        seen = confidence >= rows.visible
-        triples = np.column_stack([rows.points[number], np.full(len(seen), 2)]) * seen[:, None]
-        width, height = box[2] - box[0], box[3] - box[1]
-        annotations.append(
-            {
-                "id": number + 1,
-                "image_id": ids[name],
-                "category_id": 1,
-                "bbox": [round(float(v), 3) for v in (box[0], box[1], width, height)],
-                "area": round(float(width * height), 3),
-                "iscrowd": 0,
-                "keypoints": [int(v) if i % 3 == 2 else round(float(v), 3) for i, v in enumerate(triples.ravel())],
-                "num_keypoints": int(seen.sum()),
-                "keypoint_scores": [round(float(v), 4) for v in confidence],
-                "score": round(float(confidence[seen].mean()), 4) if seen.any() else 0.0,
-            }
-        )
-    return {
-        "images": [
-            {"id": number, "file_name": name, "width": sizes[name][0], "height": sizes[name][1]}
-            for name, number in ids.items()
-        ],
-        "annotations": annotations,
-        "categories": [{"id": 1, "name": "object", "keypoints": list(rows.names), "skeleton": []}],
-        "unreadable": [{"file_name": item.file, "reason": item.reason} for item in unreadable],
-    }
-
-
-def as_csv(rows: Rows) -> str:
-    """One line per object and point: where it is, how sure the network is, and whether it counts as visible."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "object", "landmark", "x", "y", "confidence", "visible"])
-    objects: dict[str, int] = {}
-    for number, name in enumerate(rows.files):
-        own = objects[name] = objects.get(name, -1) + 1
-        for label, (x, y), sure in zip(rows.names, rows.points[number], rows.confidence[number], strict=True):
-            writer.writerow([name, own, label, f"{x:.3f}", f"{y:.3f}", f"{sure:.4f}", int(sure >= rows.visible)])
-    return text.getvalue()

@@ -11,14 +11,14 @@ import numpy as np
 from scipy.spatial import Delaunay, QhullError
 
 from sst.nn.geometry import SCORING_SIZE
-from sst.predict.naming import affine_maps, lay_on, mean_shape
+from sst.predict.shape import affine_maps, lay_on, mean_shape
 from sst.train.run_directory import LandmarkRecord
 
 RARE = 0.3
 """Share of the images below which a landmark is rarely seen."""
 
 STIFFNESS = 1.0
-"""As of `sst.predict.naming.affine_maps`; lower, since what the map follows is no looseness."""
+"""As of `sst.predict.shape.affine_maps`; lower, since what the map follows is no looseness."""
 
 LOOSE = 0.03
 """Share of the view: a landmark whose median distance from its place on the mean shape is larger does not move with the

@@ -1,18 +1,25 @@
 """Scores of a finished run: predictions against annotations, which nothing else in the system reads."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+import tyro
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.table import Table
 
 from cluster import storage
 from cluster.assignment import assign
 from sst.config import TrainSettings
+from sst.data.corpus import Corpus, open_corpus
 from sst.data.shards import ShardInfo, read_shard
+from sst.errors import UserError
 from sst.nn.geometry import SCORING_SIZE, STRIDE, box_to_view, transform_points
-from sst.report.evaluation import PROTOCOLS, Scores, constant_guess, evaluate
+from sst.report.evaluation import PROTOCOLS, Scores, constant_guess, evaluate, percent
 from sst.train.extraction import first_keypoints
 from sst.train.keypoints import generic_detector
-from sst.train.rounds import Corpus
+from sst.train.model import load_model
 from sst.train.run_directory import RunDirectory
 
 TRAIN_IMAGES = 1000
@@ -20,7 +27,7 @@ TRAIN_IMAGES = 1000
 
 
 @dataclass(frozen=True)
-class Annotated:
+class AnnotatedImages:
     """Annotated images of a corpus.
 
     Attributes:
@@ -34,7 +41,7 @@ class Annotated:
     is_test: np.ndarray
 
     @classmethod
-    def of(cls, corpus: Corpus) -> "Annotated | None":
+    def of(cls, corpus: Corpus) -> "AnnotatedImages | None":
         """Reads the first 1,000 annotated training images and all annotated test images; None where there are none.
 
         Raises:
@@ -62,7 +69,7 @@ class Annotated:
         return cls(rows, np.stack(points), np.array(tests))
 
 
-def score_run(run: RunDirectory, corpus: Corpus, annotated: Annotated, visible: float) -> Scores:
+def score_run(run: RunDirectory, corpus: Corpus, annotated: AnnotatedImages, visible: float) -> Scores:
     """Forward and backward error of a run's predictions.
 
     Args:
@@ -80,7 +87,9 @@ def score_run(run: RunDirectory, corpus: Corpus, annotated: Annotated, visible: 
     return evaluate(np.concatenate(parts), annotated.groundtruth, annotated.is_test, protocol_of(corpus))
 
 
-def score_first_keypoints(run: RunDirectory, corpus: Corpus, annotated: Annotated, settings: TrainSettings) -> Scores:
+def score_first_keypoints(
+    run: RunDirectory, corpus: Corpus, annotated: AnnotatedImages, settings: TrainSettings
+) -> Scores:
     """The baseline without training: each cluster of the first keypoints taken as a landmark.
 
     Test images get keypoints and the nearest matching clusters of round 0; nothing is fitted on them.
@@ -103,7 +112,7 @@ def score_first_keypoints(run: RunDirectory, corpus: Corpus, annotated: Annotate
     return evaluate(np.concatenate(parts), annotated.groundtruth, annotated.is_test, protocol_of(corpus))
 
 
-def score_constant(corpus: Corpus, annotated: Annotated) -> float:
+def score_constant(corpus: Corpus, annotated: AnnotatedImages) -> float:
     """Forward error of always answering the mean training points."""
     return constant_guess(annotated.groundtruth, annotated.is_test, protocol_of(corpus))
 
@@ -114,3 +123,85 @@ def protocol_of(corpus: Corpus) -> str:
     if name not in PROTOCOLS:
         raise ValueError(f"the manifest of {corpus.url} names protocol {name!r}; known are {sorted(PROTOCOLS)}")
     return name
+
+
+class Run(BaseModel):
+    """A finished run beside a constant guess and its first keypoints."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Directory or URL of the run."""
+    shards: str | None = None
+    """Where its shards lie now, if they have moved."""
+    visible: float | None = None
+    """Confidence from which a landmark counts as visible, instead of the run's own."""
+
+
+class Predictions(BaseModel):
+    """Landmarks from anywhere: an npz with prediction (N, K, 2), groundtruth (N, L, 2) and is_test (N,)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: Annotated[str, tyro.conf.Positional]
+    """The npz; coordinates in pixels of a 256 px view, NaN = not visible."""
+    protocol: str
+    """Scoring protocol: mafl, ls3d, human36m, faces68 or toy."""
+    out: Annotated[str | None, tyro.conf.arg(name="json")] = None
+    """Where the scores are written; printed if not given."""
+
+
+def evaluate_run(config: Run) -> dict[str, tuple[float, Scores | None]]:
+    """Scores a run and its baselines, prints the table and returns its rows.
+
+    Raises:
+        UserError: if the run is not finished or its corpus has no annotations.
+    """
+    run = RunDirectory(config.run)
+    told_url = storage.join(run.url, "settings.json")
+    if not storage.exists(told_url):
+        raise UserError(f"{run.url} is no run: it has no settings.json")
+    told = storage.read_json(told_url)
+    corpus = open_corpus(config.shards or told["shards"])
+    try:
+        _, model = load_model(run.model_url)
+    except ValueError as error:
+        raise UserError(f"{error}; go on with the run by the jobs.train command that began it") from error
+    annotated = AnnotatedImages.of(corpus)
+    if annotated is None:
+        raise UserError(f"{corpus.url} has no annotated training and test images, so nothing can be scored")
+    settings = TrainSettings.model_validate(told["settings"])
+    first = score_first_keypoints(run, corpus, annotated, settings)
+    trained = score_run(run, corpus, annotated, model.visible if config.visible is None else config.visible)
+    rows: dict[str, tuple[float, Scores | None]] = {
+        "constant guess": (score_constant(corpus, annotated), None),
+        "first keypoints, no training": (first.forward, first),
+        "trained landmarks": (trained.forward, trained),
+    }
+    table = Table("", "forward", "backward", "landmarks in over 80 % of images")
+    for name, (forward, scores) in rows.items():
+        kept = ("-", "-") if scores is None else (percent(scores.backward), str(scores.landmarks_kept))
+        table.add_row(name, percent(forward), *kept)
+    Console().print(table)
+    return rows
+
+
+def evaluate_predictions(config: Predictions) -> Scores:
+    """Scores an npz; writes or prints JSON.
+
+    Raises:
+        UserError: if the file or its arrays are not as they should be.
+    """
+    try:
+        arrays = storage.load_npz(config.file)
+        missing = [name for name in ("prediction", "groundtruth", "is_test") if name not in arrays]
+        if missing:
+            raise ValueError(f"{config.file}: arrays {missing} are missing")
+        scores = evaluate(arrays["prediction"], arrays["groundtruth"], arrays["is_test"].astype(bool), config.protocol)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+    if config.out is not None:
+        storage.write_json(config.out, scores.to_json())
+    else:
+        Console().print_json(data=scores.to_json())
+    return scores

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from cluster import storage
 from cluster.correspondence import labels_url
 from cluster.shards import Labels
+from sst.data.corpus import Corpus
 from sst.data.loader import decode_to_view
 from sst.data.shards import RawSample, ShardInfo, read_shard
 from sst.nn.geometry import SCORING_SIZE, STRIDE
@@ -18,7 +19,6 @@ from sst.report import plots as figures
 from sst.report.evaluation import Scores
 from sst.report.report import ReportFigure
 from sst.train.model import ModelRecord
-from sst.train.rounds import Corpus
 from sst.train.run_directory import RunDirectory
 
 SIDE = int(SCORING_SIZE)

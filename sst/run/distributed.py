@@ -20,20 +20,13 @@ from cluster.correspondence import Sample
 from cluster.dispatch import RayMap
 from cluster.kmeans import KMeansResult
 from sst.config import ResourceSettings, TrainSettings
-from sst.errors import RunFailedError, UserError
-from sst.run.interrupt import StopFlag, Stopped, run_stoppably
-from sst.run.tracking import set_environment
-from sst.train.rounds import Tools
+from sst.environment import RAY_ENVIRONMENT, set_environment, usable_cpus
+from sst.errors import RunFailedError, Stopped, UserError
+from sst.run.interrupt import StopFlag, run_stoppably
+from sst.train.tools import Tools
 
 TASK_CPUS = 0.05
 """CPUs that Ray sets aside for a shard task; how many run at once is bounded by `RayMap`."""
-
-RAY_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-}
-"""Set before Ray is imported, unless the caller has set them."""
 
 
 def start_ray(resources: ResourceSettings) -> bool:
@@ -108,11 +101,6 @@ def check_local_cpus(resources: ResourceSettings) -> None:
             f"{workers} workers with {resources.worker_cpus} CPUs each need more than this machine's "
             f"{usable_cpus()} CPUs; lower --workers, or set RAY_ADDRESS to use a cluster"
         )
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ray_tools(
@@ -202,9 +190,9 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     import ray.train.torch
     import torch
 
+    from sst.data.corpus import Corpus
     from sst.nn.precision import keep_freed_memory
     from sst.run.metrics import MetricsFile
-    from sst.train.rounds import Corpus
     from sst.train.run_directory import RunDirectory
     from sst.train.trainer import Trainer
     from sst.train.workers import Group

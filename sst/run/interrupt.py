@@ -7,14 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from cluster import storage
-
-
-class Stopped(Exception):
-    """Raised in a worker's loop, after its checkpoint, when it was asked to stop."""
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: what `ray job stop`, a scheduler or a spot notice sends."""
+from sst.errors import Terminated
 
 
 class StopFlag:

@@ -144,21 +144,3 @@ def check_nodes() -> None:
             f"the nodes of the cluster run different versions: {'. '.join(found)}. Install the same on all "
             "(pip install -c constraints.txt -e .)"
         )
-
-
-def out_of_memory(settings: TrainSettings, stage: int) -> str:
-    """What to say when a GPU's memory is full: what was asked for, what there is, and what to try."""
-    name, size = ("stage1.pairs", settings.stage1.pairs) if stage == 1 else ("stage2.batch", settings.stage2.batch)
-    workers = settings.resources.least_workers
-    least = 2 * workers if stage == 1 else workers
-    smaller = max(least, size // 2 // workers * workers)
-    total = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else float("nan")
-    hint = (
-        f"try --{name} {smaller}"
-        if smaller < size
-        else f"try a smaller --network.input-size than {settings.network.input_size}"
-    )
-    return (
-        f"out of GPU memory in stage {stage}: {name} {size} on {workers} workers at {settings.network.input_size} px, "
-        f"{total:.0f} GB; {hint}, or more workers (process {os.getpid()})"
-    )

@@ -7,18 +7,18 @@ again.
 
 import logging
 import os
-import subprocess
 import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from cluster import storage
+from sst.environment import MLFLOW_ENVIRONMENT, set_environment
 from sst.run.metrics import MetricsReader
 
 logger = logging.getLogger(__name__)
@@ -37,22 +37,6 @@ BATCH = 500
 
 VALUE_LENGTH = 500
 """Longest parameter value that every MLflow backend takes."""
-
-VERSIONS = ("torch", "ray", "numpy", "scipy", "webdataset", "mlflow", "cuml-cu13", "cupy-cuda13x")
-"""Packages whose versions a run notes."""
-
-MLFLOW_ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-}
-"""Set before MLflow is imported, unless the caller has set them: its defaults wait for minutes."""
-
-
-def set_environment(values: Mapping[str, str]) -> None:
-    """Sets variables that the caller has not set."""
-    for name, value in values.items():
-        os.environ.setdefault(name, value)
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -303,45 +287,6 @@ def absolute_uri(uri: str) -> str:
     return uri if "://" in uri else os.path.abspath(uri)
 
 
-def provenance(manifest_hash: str) -> dict[str, str]:
-    """What a run came from, as MLflow tags: code, versions and data."""
-    versions = {name: installed_version(name) for name in VERSIONS}
-    tags = {f"version.{name}": version for name, version in versions.items() if version is not None}
-    commit = git_commit()
-    return tags | {"manifest_sha256": manifest_hash} | ({"mlflow.source.git.commit": commit} if commit else {})
-
-
-def installed_version(package: str) -> str | None:
-    """Version of a package; None where it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def git_commit() -> str | None:
-    """Commit of this code, with "-dirty" where files differ from it; None outside a checkout.
-
-    Where a copy without history runs, as in a submitted job, `LANDMARKS_COMMIT` may tell.
-    """
-    if told := os.environ.get("LANDMARKS_COMMIT"):
-        return told
-    root = Path(__file__).resolve().parents[2]
-    try:
-        commit = _git(root, "rev-parse", "HEAD")
-        if Path(_git(root, "rev-parse", "--show-toplevel")) != root:
-            return None  # installed somewhere below another project's checkout
-        return commit + ("-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(root: Path, *words: str) -> str:
-    return subprocess.run(
-        ["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=10
-    ).stdout.strip()
-
-
 def as_metrics(line: Mapping[str, Any]) -> list[tuple[str, float, float, int]]:
     """A line of the metrics file as MLflow wants it: (name, value, time, step or round) for each of its numbers."""
     axis = line["kind"]
@@ -356,3 +301,26 @@ def redact(uri: str) -> str:
     """The URI without user and password."""
     scheme, separator, rest = uri.partition("://")
     return scheme + separator + rest.rpartition("@")[2] if separator else uri
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Where MLflow is and what it is told.
+
+    Attributes:
+        uri: MLflow tracking URI.
+        experiment: MLflow experiment.
+        name: the run's name in MLflow.
+        parent: directory of the sweep that the run is a trial of.
+        register: name under which the finished model is registered.
+    """
+
+    uri: str
+    experiment: str
+    name: str
+    parent: str | None = None
+    register: str | None = None
+
+    def open(self, run_url: str) -> Tracker:
+        """Begins to send what the run directory has."""
+        return Tracker(run_url, absolute_uri(self.uri), self.experiment, self.name, self.parent)

@@ -11,15 +11,18 @@ from torch.nn import functional
 
 from cluster.assignment import assign
 from cluster.shards import Descriptors, Labels, widened
+from sst.config import TrainSettings
+from sst.data.corpus import Corpus
 from sst.data.loader import decode_to_view, shard_batches
 from sst.data.shards import RawSample, ShardInfo, decode, read_shard
 from sst.nn.augment import Augmentation, invert_affine, random_affine, warp_images
 from sst.nn.geometry import SCORING_SIZE, STRIDE, box_to_view, transform, transform_points
 from sst.nn.losses import sample_descriptors
+from sst.nn.network import LandmarkDetector
 from sst.nn.precision import Precision, autocast
 from sst.nn.steps import Batch, describe, keypoint_maps
 from sst.nn.suppression import decode_keypoints, decode_landmarks
-from sst.nn.symmetry import mirror_matrix
+from sst.nn.symmetry import Symmetry, find_symmetry, mirror_matrix
 from sst.train.keypoints import VIEW, KeypointDetector
 
 logger = logging.getLogger(__name__)
@@ -256,3 +259,32 @@ def keypoint_equivariance(
     moved = transform(warp, torch.from_numpy(found(None)).float().to(device)).cpu().numpy()
     moved[(moved < 0).any(-1) | (moved > input_size - 1).any(-1)] = np.nan
     return moved, found(warp)
+
+
+def predict_shard(
+    model: nn.Module,
+    corpus: Corpus,
+    shard: ShardInfo,
+    settings: TrainSettings,
+    warp_seed: int | None = None,
+    mirrored: bool = False,
+) -> Predictions:
+    """Landmarks on all images of a shard; see `sst.train.extraction.predict_landmarks`."""
+    size = settings.network.input_size
+    batches = shard_batches(corpus.url, shard, size, BATCH)
+    return predict_landmarks(
+        model,
+        batches,
+        input_size=size,
+        precision=settings.resources.precision,
+        warp_seed=warp_seed,
+        mirrored=mirrored,
+    )
+
+
+def shard_symmetry(
+    model: LandmarkDetector, corpus: Corpus, shard: ShardInfo, settings: TrainSettings, visible: float
+) -> Symmetry:
+    """Left/right pairs as the images of one shard show them."""
+    plain, mirrored = (predict_shard(model, corpus, shard, settings, mirrored=flag) for flag in (False, True))
+    return find_symmetry(plain.visible_points(visible), mirrored.visible_points(visible), SCORING_SIZE)

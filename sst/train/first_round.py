@@ -16,12 +16,14 @@ from cluster.kmeans import sample_rows
 from cluster.outliers import background_mask, outlier_cut, outlier_scores
 from cluster.shards import Descriptors, widened
 from sst.config import KeypointSettings, TrainSettings
+from sst.data.corpus import Corpus
 from sst.data.shards import ShardInfo
 from sst.train.extraction import first_keypoints
 from sst.train.keypoints import generic_detector
-from sst.train.rounds import ROUND_SEED, Corpus, Tools, correspondence_figures
+from sst.train.rounds import ROUND_SEED, correspondence_figures
 from sst.train.run_directory import RoundRecord, RunDirectory
 from sst.train.schedule import derived_seed
+from sst.train.tools import Tools
 
 
 class KeypointsRecord(BaseModel):

@@ -6,12 +6,10 @@ given, and writes the round's record last.
 """
 
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -19,27 +17,29 @@ from torch import nn
 from cluster import storage
 from cluster.correspondence import (
     Correspondence,
-    Sample,
     correspond,
     descriptors_folder,
     descriptors_url,
     labels_url,
 )
-from cluster.dispatch import ShardMap, map_serially
-from cluster.kmeans import KMeansResult
 from cluster.merging import apply_merge, count_overlaps, merge_plan
 from cluster.shards import Labels
 from sst.config import TrainSettings
+from sst.data.corpus import Corpus
 from sst.data.loader import balanced, shard_batches
-from sst.data.shards import Manifest, ShardInfo
-from sst.nn.geometry import SCORING_SIZE
+from sst.data.shards import ShardInfo
 from sst.nn.network import DetectorDescriptor, LandmarkDetector
-from sst.nn.symmetry import Symmetry, find_symmetry
-from sst.report.evaluation import equivariance_error, label_persistence
 from sst.train.checkpoint import weights_hash
-from sst.train.extraction import BATCH, Predictions, extract_descriptors, keypoint_equivariance, predict_landmarks
+from sst.train.consistency import equivariance_error, label_persistence
+from sst.train.extraction import (
+    extract_descriptors,
+    keypoint_equivariance,
+    predict_shard,
+    shard_symmetry,
+)
 from sst.train.run_directory import RoundRecord, RunDirectory
 from sst.train.schedule import derived_seed
+from sst.train.tools import Tools
 from sst.train.workers import Group
 
 EQUIVARIANCE_IMAGES = 64
@@ -50,49 +50,6 @@ ROUND_SEED = 1
 
 PERSISTENCE_RADIUS = 1.5
 """Heatmap cells within which a label of the same cluster counts as the same label."""
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """The shards a run reads."""
-
-    url: str
-    manifest: Manifest
-    manifest_hash: str
-
-    @classmethod
-    def open(cls, url: str) -> "Corpus":
-        """Reads the manifest.
-
-        Raises:
-            ValueError: if there is none, or shards do not match it.
-        """
-        manifest = Manifest.load(url)
-        manifest.check(url)
-        return cls(url, manifest, storage.sha256(storage.read_bytes(storage.join(url, "manifest.json"))))
-
-    @property
-    def train(self) -> list[ShardInfo]:
-        """Shards of the training split."""
-        return list(self.manifest.shards_of("train"))
-
-
-@dataclass(frozen=True)
-class Tools:
-    """What rank 0 uses to make a round; tests pass local versions.
-
-    Attributes:
-        fit: k-means on (descriptor shard, row numbers) pairs, from start centroids or none, with a seed and a number
-            of clusters.
-        run_on_shards: runs a function per shard.
-        log: takes one line of figures.
-        stop: whether the run is to end after a checkpoint.
-    """
-
-    fit: Callable[[Sample, np.ndarray | None, int, int], KMeansResult]
-    run_on_shards: ShardMap = map_serially
-    log: Callable[[dict[str, Any]], None] = lambda line: None
-    stop: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)
@@ -291,35 +248,6 @@ def correspondence_figures(found: Correspondence) -> dict[str, float]:
         "kmeans_iterations": found.kmeans.iterations,
         "empty_clusters": found.kmeans.empty,
     }
-
-
-def predict_shard(
-    model: nn.Module,
-    corpus: Corpus,
-    shard: ShardInfo,
-    settings: TrainSettings,
-    warp_seed: int | None = None,
-    mirrored: bool = False,
-) -> Predictions:
-    """Landmarks on all images of a shard; see `sst.train.extraction.predict_landmarks`."""
-    size = settings.network.input_size
-    batches = shard_batches(corpus.url, shard, size, BATCH)
-    return predict_landmarks(
-        model,
-        batches,
-        input_size=size,
-        precision=settings.resources.precision,
-        warp_seed=warp_seed,
-        mirrored=mirrored,
-    )
-
-
-def shard_symmetry(
-    model: LandmarkDetector, corpus: Corpus, shard: ShardInfo, settings: TrainSettings, visible: float
-) -> Symmetry:
-    """Left/right pairs as the images of one shard show them."""
-    plain, mirrored = (predict_shard(model, corpus, shard, settings, mirrored=flag) for flag in (False, True))
-    return find_symmetry(plain.visible_points(visible), mirrored.visible_points(visible), SCORING_SIZE)
 
 
 def merge_shard(

@@ -67,7 +67,7 @@ class LandmarkRecord(BaseModel):
 
     Attributes:
         images: their number.
-        repeatability: (K,), see `sst.report.evaluation.repeatability`.
+        repeatability: (K,), see `sst.train.consistency.repeatability`.
         partner: (K,), see `sst.nn.symmetry.Symmetry`.
         swap_share: (K,), likewise.
     """

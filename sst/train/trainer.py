@@ -5,35 +5,35 @@ Everything here runs without Ray, alone or in a DDP group. The order of samples 
 """
 
 import logging
-import resource
-import time
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cluster import storage
 from sst.config import TrainSettings
+from sst.data.corpus import Corpus
 from sst.data.loader import Undecodable, balanced, batches, training_examples
 from sst.data.shards import ShardInfo, read_shard
+from sst.errors import Stopped
 from sst.nn.geometry import SCORING_SIZE
 from sst.nn.network import DetectorDescriptor, LandmarkDetector
 from sst.nn.optimizer import Update
 from sst.nn.precision import Precision, laid_out, obstacle_to_compiling, uses_bf16
 from sst.nn.steps import Batch, stage1_losses, stage2_losses
-from sst.report.evaluation import equivariance_error, repeatability
-from sst.run.interrupt import Stopped
-from sst.run.preflight import out_of_memory
 from sst.train.checkpoint import latest_checkpoint, write_checkpoint
-from sst.train.extraction import Predictions
+from sst.train.consistency import equivariance_error, repeatability
+from sst.train.extraction import Predictions, predict_shard, shard_symmetry
+from sst.train.meters import Figures, Skips
 from sst.train.model import keep_landmarks, save_model
-from sst.train.rounds import Corpus, RoundMaker, Tools, predict_shard, shard_symmetry
+from sst.train.rounds import RoundMaker
 from sst.train.run_directory import LandmarkRecord, RoundRecord, RunDirectory
 from sst.train.schedule import Phase, derived_seed, learning_rate, plan
+from sst.train.tools import Tools
 from sst.train.workers import Group
 
 logger = logging.getLogger(__name__)
@@ -43,9 +43,6 @@ DATA_SEED, STEP_SEED, WEIGHT_SEED = 2, 3, 4
 
 LOG_STEPS = 20
 """Optimizer steps between two lines of figures; as often it is seen which were skipped, and whether to stop."""
-
-SKIP_LIMIT = 5
-"""Consecutive steps without a finite gradient, after which the run stops."""
 
 
 @dataclass
@@ -319,87 +316,19 @@ def settled_compiling(asked: bool | None, group: Group) -> tuple[bool, str | Non
     return compiles and not obstacles, next(iter(obstacles), None)
 
 
-class Skips:
-    """Steps that were not taken because their gradient was not finite; the device is asked by `look` only."""
-
-    def __init__(self, group: Group, run: RunDirectory, tools: Tools) -> None:
-        """Begins without any."""
-        self.group, self.run, self.tools = group, run, tools
-        self.noted: list[tuple[int, tuple[str, ...], Tensor]] = []
-        self.in_a_row = 0
-
-    def add(self, step: int, keys: tuple[str, ...], finite: Tensor) -> None:
-        """Notes a step: the samples of this worker, and whether the gradient was finite (a scalar, equal on all)."""
-        self.noted.append((step, keys, finite))
-
-    def look(self) -> None:
-        """Reports the skipped ones among the steps noted since the last look; all workers look together.
-
-        Raises:
-            FloatingPointError: at `SKIP_LIMIT` of them in a row.
-        """
-        noted, self.noted = self.noted, []
-        taken = torch.stack([finite for _, _, finite in noted]).tolist()
-        for (step, own, _), was_taken in zip(noted, taken, strict=True):
-            self.in_a_row = 0 if was_taken else self.in_a_row + 1
-            if was_taken:
-                continue
-            keys = [key for each in self.group.gather(own) for key in each]
-            logger.warning("step %d skipped: gradient not finite; samples %s", step, ", ".join(keys))
-            self.tools.log({"kind": "skip", "step": step, "keys": keys})
-            if self.in_a_row >= SKIP_LIMIT:
-                raise FloatingPointError(
-                    f"{self.in_a_row} steps in a row up to step {step} had no finite gradient; the samples of the "
-                    f"last one are in {self.run.url}/metrics.jsonl; lower the learning rate or take "
-                    "--resources.precision float32"
-                )
-
-
-class Figures:
-    """Means of the losses and the speed since the last line; reads the device only when a line is made."""
-
-    def __init__(self, phase: Phase, images: int, workers: int) -> None:
-        """Starts counting; a step has so many images, or pairs, over all workers."""
-        self.phase, self.images, self.workers = phase, images, workers
-        self._reset()
-
-    def _reset(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.steps, self.waited, self.since = 0, 0.0, time.monotonic()
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time spent waiting for data."""
-        started = time.monotonic()
-        yield
-        self.waited += time.monotonic() - started
-
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Adds one step's scalars."""
-        self.steps += 1
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, torch.zeros((), device=value.device)) + value.detach()
-
-    def line(self, step: int, phase_step: int) -> dict[str, Any]:
-        """The figures since the last line, which starts a new one."""
-        seconds = time.monotonic() - self.since
-        means = {name: float(total) / self.steps for name, total in self.sums.items()}
-        speed = {
-            "images_per_second": self.steps * self.images / seconds,
-            "waiting_share": self.waited / seconds,
-            "memory_gb": peak_memory_gb(),
-            "workers": self.workers,
-        }
-        line = {
-            "kind": "step",
-            "phase": self.phase.name,
-            "stage": self.phase.stage,
-            "round": self.phase.round,
-        }
-        self._reset()
-        return line | {"step": step, "phase_step": phase_step, "phase_steps": self.phase.steps} | means | speed
-
-
-def peak_memory_gb() -> float:
-    """Peak resident memory of this process, in GB (1e9 bytes)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+def out_of_memory(settings: TrainSettings, stage: int) -> str:
+    """What to say when a GPU's memory is full: what was asked for, what there is, and what to try."""
+    name, size = ("stage1.pairs", settings.stage1.pairs) if stage == 1 else ("stage2.batch", settings.stage2.batch)
+    workers = settings.resources.least_workers
+    least = 2 * workers if stage == 1 else workers
+    smaller = max(least, size // 2 // workers * workers)
+    total = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else float("nan")
+    hint = (
+        f"try --{name} {smaller}"
+        if smaller < size
+        else f"try a smaller --network.input-size than {settings.network.input_size}"
+    )
+    return (
+        f"out of GPU memory in stage {stage}: {name} {size} on {workers} workers at {settings.network.input_size} px, "
+        f"{total:.0f} GB; {hint}, or more workers (process {os.getpid()})"
+    )

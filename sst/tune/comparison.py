@@ -7,11 +7,12 @@ from typing import Any
 
 import jinja2
 
+from sst.environment import MLFLOW_ENVIRONMENT, set_environment
 from sst.errors import UserError
 from sst.report.pictures import png
 from sst.report.plots import curves
 from sst.report.report import MEANINGS, ReportFigure, short
-from sst.run.tracking import MLFLOW_ENVIRONMENT, redact, set_environment
+from sst.run.tracking import redact
 
 FIGURES = {
     "model/equivariance_error": "equivariance error, %",

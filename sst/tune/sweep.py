@@ -18,14 +18,16 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from cluster import storage
-from sst.config import TrainSettings
+from sst.config import TrainSettings, differences
+from sst.data.corpus import open_corpus
+from sst.environment import set_environment
 from sst.errors import RunFailedError, UserError
 from sst.progress import clock
 from sst.run.distributed import start_ray
 from sst.run.lock import RunLock
 from sst.run.metrics import MetricsReader
-from sst.run.pipeline import Tracking, differences, open_corpus, train_run
-from sst.run.tracking import Tracker, noted_run, set_environment
+from sst.run.pipeline import train_run
+from sst.run.tracking import Tracker, Tracking, noted_run
 from sst.train.first_round import keypoints_hash
 from sst.train.run_directory import RunDirectory
 from sst.train.schedule import plan

@@ -13,8 +13,9 @@ from PIL import Image
 
 from jobs.pack import main
 from sst.corpora import packing
-from sst.corpora.packing import Annotated, Item, UnusableImage, pack_item, read_image, split_of
-from sst.data.shards import Manifest, RawSample, decode_jpeg, read_shard
+from sst.corpora.packing import Item, SourceImage, UnusableImage, pack_item, read_image, split_of
+from sst.data.jpeg import decode_jpeg
+from sst.data.shards import Manifest, RawSample, read_shard
 
 FACES = Path("../shared/data/faces")
 
@@ -107,7 +108,7 @@ def test_refused_images_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def item(image: np.ndarray, box: object = None, points: object = None, visible: object = None) -> Item:
     array = None if points is None else np.array(points, np.float64)
-    return Item("a", "train", None, lambda: Annotated(image, box, array, visible))  # type: ignore[arg-type]
+    return Item("a", "train", None, lambda: SourceImage(image, box, array, visible))  # type: ignore[arg-type]
 
 
 @settings(max_examples=40, deadline=None)

@@ -19,8 +19,9 @@ from jobs.pack import main
 from sst.corpora import celeba, human36m, packing, torch7
 from sst.corpora.faces import box_of_five, extent_box, grown_box
 from sst.corpora.folder import read_annotations
-from sst.corpora.packing import Annotated, Item, Packed, UnusableImage, mixed, pack_item, shuffled
-from sst.data.shards import Manifest, RawSample, SampleMeta, decode_jpeg
+from sst.corpora.packing import Item, Packed, SourceImage, UnusableImage, mixed, pack_item, shuffled
+from sst.data.jpeg import decode_jpeg
+from sst.data.shards import Manifest, RawSample, SampleMeta
 from sst.errors import UserError
 from sst.report.evaluation import PROTOCOLS
 from tests.corpora.test_pack import fails, samples, save
@@ -816,10 +817,10 @@ def test_missing_libraries_are_named(human_archive: Path, monkeypatch: pytest.Mo
 
 
 def drawn_items(count: int) -> list[Item]:
-    def load(number: int) -> Annotated:
+    def load(number: int) -> SourceImage:
         if number % 10 == 3:
             raise UnusableImage("three")
-        return Annotated(noise(number, 24, 32), None, np.array([[number, 1.0]]))
+        return SourceImage(noise(number, 24, 32), None, np.array([[number, 1.0]]))
 
     return [
         Item(f"{n}", "test" if n % 4 == 0 else "train", None, lambda n=n: load(n))

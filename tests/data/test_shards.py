@@ -14,7 +14,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from cluster import storage
-from sst.data.shards import Manifest, SampleMeta, ShardWriter, decode, decode_jpeg, decode_jpeg_scaled, read_shard
+from sst.data.jpeg import decode_jpeg, decode_jpeg_scaled
+from sst.data.shards import Manifest, SampleMeta, ShardWriter, decode, read_shard
 
 
 def jpeg(height: int = 20, width: int = 30, level: int = 90) -> bytes:

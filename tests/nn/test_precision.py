@@ -13,7 +13,7 @@ from sst.nn.network import DetectorDescriptor, NetworkShape
 from sst.nn.optimizer import Update
 from sst.nn.precision import autocast, has_bf16, laid_out, obstacle_to_compiling, uses_bf16
 from sst.nn.steps import random_batch, stage1_losses
-from sst.progress import arithmetic_line
+from sst.run.console import arithmetic_line
 from sst.train.trainer import settled_compiling
 from sst.train.workers import Group
 from tests.small import SETTINGS, local_tools, train_locally, write_toy

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common import settings_of
 from cluster.shards import Labels
-from sst.config import PRESETS
 from sst.nn.network import DetectorDescriptor, LandmarkDetector
 from sst.nn.optimizer import Update
 from sst.nn.steps import random_batch, stage1_losses, stage2_losses
+from sst.presets import PRESETS
 from sst.train.extraction import padded_points
 from tests.small import SETTINGS
 

@@ -13,7 +13,8 @@ from jobs import predict as predict_job
 from sst.corpora.drawings import draw
 from sst.errors import UserError
 from sst.nn.network import LandmarkDetector
-from sst.predict.naming import VIEW, Examples, curve, learn, left_out_errors, load_names, save_names
+from sst.predict.naming import Examples, curve, learn, left_out_errors, load_names, save_names
+from sst.predict.shape import VIEW
 from sst.train.model import save_model
 from tests.predict.test_predictor import NETWORK
 

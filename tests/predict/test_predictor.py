@@ -17,15 +17,8 @@ from sst.config import NetworkSettings
 from sst.corpora.drawings import draw
 from sst.nn.network import LandmarkDetector
 from sst.predict.overlay import draw_landmarks
-from sst.predict.predictor import (
-    ImageLandmarks,
-    find_sources,
-    in_image,
-    in_view,
-    open_model,
-    resampling,
-    view_of_box,
-)
+from sst.predict.predictor import ImageLandmarks, in_image, in_view, open_model, resampling, view_of_box
+from sst.predict.sources import find_sources
 from sst.train.model import save_model
 from tests.small import write_toy
 

@@ -11,14 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.shards import Labels
-from sst.report.evaluation import (
-    PROTOCOLS,
-    complete,
-    constant_guess,
-    equivariance_error,
-    evaluate,
-    label_persistence,
-)
+from sst.report.evaluation import PROTOCOLS, complete, constant_guess, evaluate
+from sst.train.consistency import equivariance_error, label_persistence
 
 FACES = Path(__file__).parents[3] / "shared" / "data" / "faces"
 

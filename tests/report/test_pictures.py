@@ -7,11 +7,12 @@ import time
 import numpy as np
 from PIL import Image
 
-from sst.progress import TimeLeft, clock, duration, round_line, step_line
+from sst.progress import clock, duration
 from sst.report import plots as figures
 from sst.report.advice import Warned, landmark_facts
 from sst.report.pictures import png
 from sst.report.report import ReportFigure, write_report
+from sst.run.console import TimeLeft, round_line, step_line
 from sst.run.metrics import MetricsFile, MetricsReader
 from sst.run.tracking import flatten
 from sst.train.schedule import Phase

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jobs import train
-from sst.config import PRESETS, TrainSettings
+from sst.config import TrainSettings
 from sst.corpora.drawings import draw
 from sst.errors import UserError
-from sst.report.evaluation import repeatability
+from sst.presets import PRESETS
 from sst.run.own import (
     LEAST_IMAGES,
     Machine,
@@ -25,6 +25,7 @@ from sst.run.own import (
     within,
     workers_for,
 )
+from sst.train.consistency import repeatability
 from tests.small import SETTINGS
 
 LAPTOP = Machine(cpus=2, gpus=0, memory_gb=20.0)
@@ -114,9 +115,9 @@ def folder(tmp_path):
 def started(monkeypatch):
     """What would be trained."""
     runs = []
-    monkeypatch.setattr(train, "train_run", lambda *args: runs.append(args))
+    monkeypatch.setattr("sst.run.own.train_run", lambda *args: runs.append(args))
     monkeypatch.setattr(train, "print_outcome", lambda *args: None)
-    monkeypatch.setattr(train, "measure", lambda settings, machine: SPEED)
+    monkeypatch.setattr("sst.run.own.measure", lambda settings, machine: SPEED)
     return runs
 
 
@@ -136,7 +137,7 @@ def test_a_folder_is_packed_settled_and_trained(folder, started, capsys):
 
 def test_going_on_keeps_the_settings_that_were_chosen(folder, started, monkeypatch, capsys):
     own(folder, "--landmarks", "12")
-    monkeypatch.setattr(train, "this_machine", lambda: Machine(64, 0, 500))
+    monkeypatch.setattr("sst.run.own.this_machine", lambda: Machine(64, 0, 500))
     own(folder, "--landmarks", "12")
     assert started[0] == started[1]
     with pytest.raises(SystemExit) as exit_:

@@ -17,11 +17,12 @@ from botocore.exceptions import (
 )
 
 from cluster import storage
-from sst.config import PRESETS
 from sst.errors import UserError, exit_on_user_error
+from sst.presets import PRESETS
 from sst.run import preflight
-from sst.run.preflight import check_disk, check_kept, conflicts, disk_need, out_of_memory, versions
+from sst.run.preflight import check_disk, check_kept, conflicts, disk_need, versions
 from sst.train import trainer as training
+from sst.train.trainer import out_of_memory
 from tests.small import SETTINGS, files, local_tools, train_locally, write_toy
 
 

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from cluster.dispatch import RayMap
-from jobs import evaluate, pack, train
+from jobs import pack, train
 from sst.data.shards import Manifest
+from sst.report.evaluate_run import Run, evaluate_run
 from sst.run.distributed import TASK_CPUS
 from tests.runs import all_labels, arguments, lines, model_bytes
 
@@ -88,7 +89,7 @@ def test_task_processes_stay_while_workers_train(undisturbed):
 
 
 def test_evaluate_puts_a_run_beside_its_baselines(undisturbed, capsys):
-    rows = evaluate.evaluate_run(evaluate.Run(run=str(undisturbed)))
+    rows = evaluate_run(Run(run=str(undisturbed)))
     assert set(rows) == {"constant guess", "first keypoints, no training", "trained landmarks"}
     assert 0.05 < rows["constant guess"][0] < 0.5
     assert "constant guess" in capsys.readouterr().out

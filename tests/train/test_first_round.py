@@ -11,11 +11,12 @@ from cluster.correspondence import descriptors_url
 from cluster.kmeans import fit
 from cluster.shards import Descriptors
 from sst.config import KeypointSettings, SuperPointSettings, TrainSettings
+from sst.data.corpus import Corpus
 from sst.data.shards import decode, read_shard
 from sst.train.extraction import first_keypoints
 from sst.train.first_round import make_first_round
 from sst.train.keypoints import RootSift, generic_detector
-from sst.train.rounds import ROUND_SEED, Corpus
+from sst.train.rounds import ROUND_SEED
 from sst.train.run_directory import RunDirectory
 from sst.train.schedule import derived_seed
 from sst.train.superpoint import SuperPointNetwork

@@ -11,20 +11,21 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from cluster import storage
-from sst.config import PRESETS, ResourceSettings, Stage1Settings, Stage2Settings, TrainSettings
+from sst.config import ResourceSettings, Stage1Settings, Stage2Settings, TrainSettings
 from sst.corpora.drawings import draw
 from sst.data.shards import SampleMeta, ShardWriter
+from sst.errors import Stopped
 from sst.nn.network import LandmarkDetector
 from sst.nn.optimizer import Update
 from sst.nn.steps import stage1_losses, stage2_losses
-from sst.report.evaluation import repeatability
-from sst.run.interrupt import Stopped
+from sst.presets import PRESETS
 from sst.train import extraction
 from sst.train.checkpoint import latest_checkpoint, write_checkpoint
+from sst.train.consistency import repeatability
 from sst.train.model import keep_landmarks, load_model
-from sst.train.rounds import Tools
 from sst.train.run_directory import RunDirectory
 from sst.train.schedule import derived_seed, learning_rate, plan
+from sst.train.tools import Tools
 from sst.train.trainer import Trainer
 from sst.train.workers import Group
 from tests.small import SETTINGS, local_tools, train_locally, write_toy

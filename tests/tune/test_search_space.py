@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sst.config import PRESETS, TrainSettings
+from sst.config import TrainSettings
 from sst.errors import UserError
+from sst.presets import PRESETS
 from sst.tune.search_space import default_space, draw_trials, parse_space, read_space, with_values
 
 SETTINGS = PRESETS["faces-cpu"][1]

@@ -1,0 +1,168 @@
+"""What can be packed: one configuration for each source, and the packing itself."""
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster import storage
+from sst.corpora import bbcpose, celeba, folder, human36m, ls3d, packing, toy
+from sst.corpora.packing import Item
+from sst.corpora.validation import validate
+from sst.data.shards import MANIFEST, Manifest, ShardWriter
+from sst.errors import UserError
+from sst.progress import with_progress
+
+
+class Pack(BaseModel):
+    """What all sources have in common."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    out: str = Field(description="Directory or URL that the shards and the manifest are written to.")
+    protocol: str | None = Field(None, description="Scoring protocol, where not the one that the data suggest.")
+    context: float = Field(2.0, ge=1, le=10, description="Sides of the stored crop as a multiple of the box's.")
+    seed: int = Field(0, ge=0, description="Seed of the order of the samples (and of the drawings).")
+    shard_samples: int = Field(256, ge=1, description="Samples per shard.")
+    max_skipped: float = Field(0.01, ge=0, lt=1, description="Share of unusable images that is tolerated.")
+    overwrite: bool = Field(False, description="Replace the corpus that is at --out.")
+    repair: bool = Field(False, description="Rebuild only the damaged shards of the corpus at --out, from its source.")
+
+
+class Folder(Pack):
+    """A folder of images, with or without annotations."""
+
+    images: str = Field(description="Folder of images; subfolders are searched too.")
+    annotations: str | None = Field(None, description="CSV, or COCO keypoints (.json); points are for scoring only.")
+    size: int = Field(256, ge=16, description="Pixels that the longer side of the box is shrunk to, if longer.")
+    test_share: float = Field(0.1, ge=0, lt=1, description="Share of test images among those without a split.")
+
+
+class Toy(Pack):
+    """The embedded corpus of drawings."""
+
+    count: int = Field(ge=1, description="Number of images.")
+    size: int = Field(128, ge=32, description="Height and width of the drawings.")
+    test_share: float = Field(0.1, ge=0, lt=1, description="Share of test images among those without a split.")
+
+
+class Published(Pack):
+    """What the published corpora have in common; docs/corpora.md shows the layout of each."""
+
+    root: str = Field(description="Folder that the owners' archives are unpacked in.")
+    size: int = Field(256, ge=16, description="Pixels that the longer side of the box is shrunk to, if longer.")
+
+
+class CelebA(Published):
+    """CelebA's aligned training images, and MAFL's test images."""
+
+    annotations: str | None = Field(None, description="CSV with face boxes, the 68 points of MAFL images, or both.")
+
+
+class Ls3d(Published):
+    """300W-LP to train on, LS3D-W balanced as test images."""
+
+    annotations: str | None = Field(None, description="CSV with face boxes of 300W-LP images.")
+
+
+class Human36m(Published):
+    """Human3.6M: six actions, every 10th frame of six subjects, every 50th of the test subject."""
+
+
+class BbcPose(Published):
+    """BBC Pose: frames of the training videos, hand-annotated frames of the test videos."""
+
+    every: int = Field(10, ge=1, description="Of so many annotated training frames one is taken.")
+
+
+Source = (
+    Folder
+    | Toy
+    | Annotated[CelebA, tyro.conf.subcommand("celeba")]
+    | Annotated[Ls3d, tyro.conf.subcommand("ls3d")]
+    | Annotated[Human36m, tyro.conf.subcommand("human36m")]
+    | Annotated[BbcPose, tyro.conf.subcommand("bbcpose")]
+)
+
+
+def images_of(config: Source) -> tuple[Iterable[Item], str, str | None, int | None]:
+    """Images, name of the corpus, the protocol that its data suggest, and the size to shrink boxes to.
+
+    Raises:
+        UserError: if the source is not as it should be.
+    """
+    if isinstance(config, Toy):
+        return toy.items(config.count, config.seed, config.size, config.test_share), f"toy-{config.seed}", "toy", None
+    if isinstance(config, CelebA):
+        items = celeba.items(config.root, config.annotations)
+        return items, "celeba", "mafl" if items[-1].landmarks == celeba.LANDMARKS else None, config.size
+    if isinstance(config, Ls3d):
+        return ls3d.items(config.root, config.annotations), "ls3d", "ls3d", config.size
+    if isinstance(config, Human36m):
+        clips = with_progress(human36m.clips(config.root), "packing")
+        return (item for clip in clips for item in human36m.frames(clip)), "human36m", "human36m", config.size
+    if isinstance(config, BbcPose):
+        return bbcpose.items(config.root, config.every), "bbcpose", None, config.size
+    items = folder.items(config.images, config.annotations, config.test_share)
+    root = Path(config.images).resolve()
+    name = root.parent.name if root.name == "images" else root.name
+    return items, name, "faces68" if any(item.landmarks == 68 for item in items) else None, config.size
+
+
+def pack_source(config: Source) -> None:
+    """Packs what a configuration names, and prints a summary.
+
+    Raises:
+        UserError: if there is nothing to pack, too much is unusable, or the place is taken.
+    """
+    start = time.monotonic()
+    if config.repair:
+        repair_corpus(config)
+        return
+    if storage.exists(storage.join(config.out, MANIFEST)) and not config.overwrite:
+        raise UserError(f"{config.out}: holds a corpus already; choose another --out, or replace it by --overwrite")
+    if Path(config.out).is_file():
+        raise UserError(f"{config.out}: a file; --out must be a directory or URL")
+    items, name, protocol, size = images_of(config)
+    mix_seed = None if isinstance(items, list) else config.seed  # what can't be loaded in any order is mixed later
+    if isinstance(items, list):
+        items = with_progress(packing.shuffled(items, config.seed), "packing")
+    writer = ShardWriter(config.out, name, config.protocol or protocol, config.shard_samples)
+    notes = packing.pack(items, writer, config.context, size, config.max_skipped, mix_seed)
+    if (manifest := writer.manifest) is None:
+        raise AssertionError("the writer leaves a manifest")
+    for note, count in sorted(notes.items()):
+        print(f"note: {note}: {count}")
+    for skipped in manifest.skipped[:10]:
+        print(f"skipped {skipped.source}: {skipped.reason}")
+    if isinstance(config, Published) and manifest.protocol is None:
+        print(f"note: no scoring protocol is known for {manifest.landmarks} points, so runs on it are not scored")
+    print(
+        f"packed {manifest.samples_of('train')} train and {manifest.samples_of('test')} test images into "
+        f"{len(manifest.shards)} shards, {sum(shard.bytes for shard in manifest.shards) / 1e6:.1f} MB, "
+        f"{len(manifest.skipped)} skipped, {time.monotonic() - start:.0f} s: {config.out}"
+    )
+
+
+def repair_corpus(config: Source) -> None:
+    """Rebuilds the shards that do not match the manifest, and says which.
+
+    Raises:
+        UserError: if there is no corpus, its source can't be read in any order, or gives other images now.
+    """
+    try:
+        manifest = Manifest.load(config.out)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    found = validate(config.out, manifest)
+    damaged = sorted({problem.shard for problem in found if problem.shard is not None})
+    items, _, _, size = images_of(config)
+    if not isinstance(items, list):
+        raise UserError(f"{config.out}: videos can't be read in the shards' order; pack again with --overwrite")
+    packing.repair(packing.shuffled(items, config.seed), config.out, manifest, damaged, config.context, size)
+    for number in damaged:
+        print(f"rebuilt {manifest.shards[number].file}")
+    print(f"{len(damaged)} of {len(manifest.shards)} shards were damaged: {config.out}")

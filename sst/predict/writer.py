@@ -1,0 +1,172 @@
+"""Predicts on what was named and writes tables and pictures."""
+
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+import cv2
+import numpy as np
+import simplejpeg
+import torch
+import tyro
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster import storage
+from sst.errors import UserError
+from sst.predict.naming import load_names
+from sst.predict.overlay import draw_landmarks
+from sst.predict.predictor import Found, Unreadable, open_model, predict
+from sst.predict.sources import find_sources
+from sst.predict.tables import Rows, as_coco, as_csv
+from sst.progress import with_progress
+
+OUTPUTS = ("predictions.json", "predictions.csv", "named.json", "named.csv", "pictures", "named_pictures", "video.mp4")
+
+
+WHOLE = 0.8
+"""A model whose training boxes covered less of the stored images than this share has to be told the boxes."""
+
+
+class Predict(BaseModel):
+    """What is predicted with what, and where it is written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Run directory of jobs.train, or the model/ directory in it."""
+    images: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Image files, folders and patterns; or one directory of shards; or one video file."""
+    out: str
+    """Directory or URL that the predictions are written to."""
+    boxes: str | None = None
+    """CSV or COCO file with boxes of the objects, as for jobs.pack; without it images are seen whole."""
+    visible: Annotated[float | None, Field(ge=0, le=1)] = None
+    """Confidence from which a landmark counts as visible, instead of the model's own."""
+    pictures: Annotated[int, Field(ge=0)] = 200
+    """At most so many pictures are drawn; every frame of a video is."""
+    overwrite: bool = False
+    """Replace earlier predictions in --out."""
+
+
+class Pictures:
+    """Writes drawn images one by one, as files or as frames of a video."""
+
+    def __init__(self, out: str, most: int, frames_per_second: float | None, video: str) -> None:
+        """Begins; a video is drawn into the local file `video` first."""
+        self._out, self._most, self._rate, self._video = out, most, frames_per_second, video
+        self._writer: Any = None
+        self.drawn = 0
+
+    def add(self, folder: str, name: str, image: np.ndarray) -> None:
+        """Writes one image, as the next frame or as FOLDER/NUMBER_NAME.jpg while there are not too many."""
+        if self._rate is None:
+            data = simplejpeg.encode_jpeg(np.ascontiguousarray(image), 90, colorsubsampling="420")
+            storage.write_bytes(
+                storage.join(self._out, folder, f"{self.drawn:05d}_{PurePosixPath(name).stem}.jpg"), data
+            )
+            return
+        if self._writer is None:
+            size = (image.shape[1], image.shape[0])
+            self._writer = cv2.VideoWriter(self._video, cv2.VideoWriter.fourcc(*"mp4v"), self._rate, size)
+        self._writer.write(np.ascontiguousarray(image[:, :, ::-1]))
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there may be more."""
+        return self._rate is not None or self.drawn < self._most
+
+    def close(self) -> None:
+        """Moves a video to its place."""
+        if self._writer is not None:
+            self._writer.release()
+            storage.write_bytes(storage.join(self._out, "video.mp4"), Path(self._video).read_bytes())
+
+
+@contextmanager
+def opened(config: Predict, frames_per_second: float | None) -> Iterator[Pictures]:
+    """The writer of pictures; a video gets to its place only if all went well."""
+    with tempfile.TemporaryDirectory() as scratch:
+        pictures = Pictures(config.out, config.pictures, frames_per_second, str(Path(scratch, "video.mp4")))
+        yield pictures
+        pictures.close()
+
+
+def write_predictions(config: Predict) -> None:
+    """Predicts, writes and says what it did.
+
+    Raises:
+        UserError: if there is no model, nothing to predict on, or none of it is readable.
+    """
+    model, record, place = open_model(config.model)
+    if not config.images:
+        raise UserError("no images are named; give files, folders, patterns, one directory of shards or one video")
+    sources = find_sources(config.images, config.boxes)
+    earlier = [name for name in OUTPUTS if storage.exists(storage.join(config.out, name))]
+    if earlier and not config.overwrite:
+        raise UserError(f"{config.out}: holds {earlier[0]} already; choose another --out, or replace it by --overwrite")
+    for name in earlier:
+        storage.remove(storage.join(config.out, name))
+    names = load_names(place)
+    visible = record.visible if config.visible is None else config.visible
+    if sources.whole and record.figures.get("box_share", 1.0) < WHOLE:
+        print(
+            "note: this model learnt from boxes around the objects, and these images are seen whole; unless they are "
+            "cropped to the object, give its box in each by --boxes",
+            file=sys.stderr,
+        )
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    landmarks = [f"landmark_{number}" for number in range(len(record.clusters))]
+    numbers = [str(number) for number in range(len(record.clusters))]
+    unreadable: list[Unreadable] = []
+    found: list[Found] = []
+    named_points, named_confidence = [], []
+    with opened(config, sources.frames_per_second) as pictures:
+        results = predict(model, record.network.input_size, sources.targets)
+        for result in with_progress(results, "predicting", sources.total):
+            if isinstance(result, Unreadable):
+                unreadable.append(result)
+                continue
+            found.append(result.without_picture())
+            if names is not None:
+                points, confidence = names.on_image(result.points, result.confidence, result.box)
+                named_points.append(points)
+                named_confidence.append(confidence)
+            if pictures.wanted:
+                scale = result.picture.shape[1] / result.size[0]
+                drawn = draw_landmarks(result.picture, result.points * scale, result.confidence >= visible, numbers)
+                pictures.add("pictures", result.target.file, drawn)
+                if names is not None and sources.frames_per_second is None:
+                    drawn = draw_landmarks(result.picture, points * scale, confidence >= visible, names.names)
+                    pictures.add("named_pictures", result.target.file, drawn)
+                pictures.drawn += 1
+    if not found:
+        raise UserError(
+            f"none of {len(unreadable)} images is readable: "
+            f"{'; '.join(f'{item.file}: {item.reason}' for item in unreadable[:3])}"
+            if unreadable
+            else f"{config.images[0]}: no frame could be read from it; convert it to MP4 (H.264) first"
+        )
+
+    def rows(labels: Sequence[str], points: np.ndarray, confidence: np.ndarray) -> Rows:
+        files, sizes, boxes = zip(*((item.target.file, item.size, item.box) for item in found), strict=True)
+        return Rows(labels, files, sizes, boxes, points, confidence, visible)
+
+    points = np.stack([item.points for item in found])
+    written = {"predictions": rows(landmarks, points, np.stack([item.confidence for item in found]))}
+    if names is not None:
+        written["named"] = rows(names.names, np.stack(named_points), np.stack(named_confidence))
+    for name, table in written.items():
+        storage.write_bytes(storage.join(config.out, f"{name}.csv"), as_csv(table).encode())
+        storage.write_json(storage.join(config.out, f"{name}.json"), as_coco(table, unreadable))
+    seen = (written["predictions"].confidence >= visible).sum(1)
+    for item in unreadable[:10]:
+        print(f"unreadable {item.file}: {item.reason}")
+    print(
+        f"{len(found)} objects, {seen.mean():.1f} of {len(landmarks)} landmarks visible on each "
+        f"(confidence from {visible:g}), {len(unreadable)} images unreadable"
+        + ("" if len(unreadable) <= 10 else "; all are listed in predictions.json")
+    )
+    print(f"written to {config.out}: {', '.join(n for n in OUTPUTS if storage.exists(storage.join(config.out, n)))}")

@@ -1,0 +1,110 @@
+"""The end of a run: scores, pictures and the report."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cluster import storage
+from sst.config import TrainSettings
+from sst.data.corpus import Corpus
+from sst.progress import clock
+from sst.report.advice import LandmarkFacts, landmark_facts, warnings_of
+from sst.report.evaluate_run import AnnotatedImages, score_run
+from sst.report.evaluation import Scores, percent
+from sst.report.pictures import all_predictions, draw_all
+from sst.report.report import write_report
+from sst.train.model import ModelRecord, load_model
+from sst.train.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        run: its directory.
+        scores: against annotations; None where the corpus has none.
+        landmarks: number of landmarks the model gives.
+        report: URL of the report.
+        metrics: the numbers by which finished runs are compared.
+        pictures: file name and PNG of each picture of the report.
+    """
+
+    run: RunDirectory
+    scores: Scores | None
+    landmarks: int
+    report: str
+    metrics: dict[str, float]
+    pictures: dict[str, bytes]
+
+
+def finish_run(run: RunDirectory, corpus: Corpus, settings: TrainSettings, seconds: float) -> Outcome:
+    """Scores a trained run where it has annotations, draws its pictures and writes the report."""
+    _, model = load_model(run.model_url)
+    annotated = AnnotatedImages.of(corpus)
+    scores = score_run(run, corpus, annotated, model.visible) if annotated is not None else None
+    if scores is not None:
+        storage.write_json(storage.join(run.url, "scores.json"), scores.to_json())
+    drawn = draw_all(run, corpus, model, scores)
+    told, images = settings.stage2.most_landmarks, corpus.manifest.samples_of("train")
+    rounds = [{k: v for k, v in record.line().items() if k != "kind"} for record in run.records()]
+    facts = landmark_facts(*all_predictions(run, corpus), model.visible, run.landmarks())
+    figures = final_figures(model, facts, rounds, scores)
+    storage.write_json(storage.join(run.url, "figures.json"), figures)
+    report = write_report(
+        run.url,
+        title=f"Landmarks of {corpus.manifest.corpus}",
+        summary=summary(model, scores, corpus, seconds),
+        figures=drawn,
+        rounds=rounds,
+        settings=settings.model_dump(mode="json"),
+        notes=notes(scores),
+        facts=facts,
+        warnings=warnings_of(facts, rounds, told, images),
+    )
+    pictures = {f"figures/{figure.name}.png": figure.png for figure in drawn}
+    return Outcome(run, scores, len(model.clusters), report, figures, pictures)
+
+
+def final_figures(
+    model: ModelRecord, facts: LandmarkFacts, rounds: Sequence[Mapping[str, Any]], scores: Scores | None
+) -> dict[str, float]:
+    """The numbers by which finished runs are compared; the scores only where there are annotations."""
+    figures = {f"model/{name}": value for name, value in model.figures.items()}
+    figures["model/landmarks"] = float(len(model.clusters))
+    for name, each in (("looseness", facts.looseness), ("repeatability", facts.repeats)):
+        if np.isfinite(each).any():
+            figures[f"model/{name}"] = float(np.nanmean(each))
+    persistence = [entry["label_persistence"] for entry in rounds if "label_persistence" in entry]
+    if persistence:
+        figures["model/label_persistence"] = persistence[-1]
+    if scores is not None:
+        numbers = {name: v for name, v in scores.to_json().items() if isinstance(v, int | float) and v == v}
+        figures |= {f"score/{name}": float(value) for name, value in numbers.items()}
+    return figures
+
+
+def summary(model: ModelRecord, scores: Scores | None, corpus: Corpus, seconds: float) -> dict[str, str]:
+    """The figures that the report shows first."""
+    shown = {"landmarks": str(len(model.clusters))}
+    if "equivariance_error" in model.figures:
+        shown["equivariance error, of the view"] = f"{model.figures['equivariance_error']:.2f} %"
+    if scores is not None:
+        shown |= {
+            "forward error": percent(scores.forward),
+            "backward error": percent(scores.backward),
+            "landmarks in over 80 % of images": str(scores.landmarks_kept),
+        }
+    return shown | {"training images": str(corpus.manifest.samples_of("train")), "time of this start": clock(seconds)}
+
+
+def notes(scores: Scores | None) -> list[str]:
+    """What a reader must know beside the figures."""
+    said = []
+    if scores is None:
+        said.append("The corpus has no annotations, so errors could not be computed; look at the pictures.")
+    elif scores.landmarks_kept == 0:
+        said.append("No landmark is visible in more than 80 % of the images, so none could be scored.")
+    return said
