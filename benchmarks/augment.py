@@ -8,7 +8,7 @@ import statistics
 
 import torch
 
-from benchmarks.common import device_of_run, idle_share, machine, print_table, settings_of, summed_up, wall_seconds
+from benchmarks.common import device_of_run, idle_share, machine, print_table, sizes_of, summed_up, wall_seconds
 from sst.nn import augment
 from sst.nn.steps import random_batch
 
@@ -20,9 +20,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32, help="of a batch")
     parser.add_argument("--repeats", type=int, default=20)
     told = parser.parse_args()
-    device, settings = device_of_run(), settings_of(told.size)
-    side, ranges = settings.network.input_size, settings.stage1.augmentation
-    batch, generator = random_batch(told.images, settings).to(device), torch.Generator(device).manual_seed(0)
+    device, sizes = device_of_run(), sizes_of(told.size)
+    side, ranges = sizes.stage1.input_size, sizes.stage1.augmentation
+    batch, generator = (
+        random_batch(told.images, sizes.stage1.input_size, sizes.clusters).to(device),
+        torch.Generator(device).manual_seed(0),
+    )
     views = augment.warp_images(batch.images, batch.to_view, side)
     ones, colours = torch.ones(told.images, device=device), augment.Colours.draw(told.images, ranges, generator)
     work = {

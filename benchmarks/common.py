@@ -9,40 +9,54 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from sst.nn.augment import STRONGER, Augmentation
 from sst.nn.network import NetworkShape
 from sst.nn.precision import Precision
+from sst.nn.steps import Stage1Step, Stage2Step
 
 Size = Literal["full", "cpu"]
 
 
-def settings_of(size: Size, precision: Precision = "auto") -> Any:
-    """What a step asks of `sst.config.TrainSettings`, which needs more than torch: celeba's or faces-cpu's."""
-    full = size == "full"
-    shape = NetworkShape() if full else NetworkShape(width=64, depth=3, groups=8, descriptor_size=64)
-    return SimpleNamespace(
-        network=SimpleNamespace(input_size=256 if full else 96, shape=shape),
-        cluster=SimpleNamespace(clusters=100 if full else 30),
-        stage1=SimpleNamespace(
-            pairs=16,
-            augmentation=Augmentation(),
-            different_share=0.5,
-            margin=0.8,
-            descriptor_weight=10.0,
-            detector_weight=1.0 if full else 2.0,
-            detector_target="cell" if full else "bump",
-            threshold=0.2 if full else 0.15,
-        ),
-        stage2=SimpleNamespace(batch=64 if full else 32, augmentation=STRONGER, flip_share=0.0),
-        resources=SimpleNamespace(precision=precision),
-    )
+@dataclass(frozen=True)
+class Sizes:
+    """What a benchmark of the device takes: network, batches and steps as in training.
+
+    Attributes:
+        shape: of the network.
+        clusters: K.
+        pairs: pairs of views in a step of stage 1.
+        batch: images in a step of stage 2.
+        threshold: detector confidence above which a keypoint is taken.
+        stage1: what a step of stage 1 needs to know.
+        stage2: likewise of stage 2.
+    """
+
+    shape: NetworkShape
+    clusters: int
+    pairs: int
+    batch: int
+    threshold: float
+    stage1: Stage1Step
+    stage2: Stage2Step
+
+
+def sizes_of(size: Size, precision: Precision = "auto") -> Sizes:
+    """The published sizes, which need torch alone, or those of the preset faces-cpu."""
+    if size == "full":
+        steps = Stage1Step(precision=precision), Stage2Step(precision=precision)
+        return Sizes(NetworkShape(), 100, 16, 64, 0.2, *steps)
+    from sst.presets import PRESETS  # not on a bare GPU machine
+
+    told = PRESETS["faces-cpu"][1].with_precision(precision)
+    one, two = told.stage1, told.stage2
+    steps = told.stage1_step(), told.stage2_step()
+    return Sizes(told.network.shape, told.cluster.clusters, one.pairs, two.batch, one.threshold, *steps)
 
 
 def machine() -> str:

@@ -11,7 +11,7 @@ import statistics
 import torch
 from torch import nn
 
-from benchmarks.common import device_of_run, idle_share, machine, print_table, settings_of, summed_up, wall_seconds
+from benchmarks.common import device_of_run, idle_share, machine, print_table, sizes_of, summed_up, wall_seconds
 from sst.nn.losses import sample_descriptors
 from sst.nn.network import DetectorDescriptor
 from sst.nn.precision import laid_out
@@ -34,13 +34,13 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="by torch.compile, as training does it on GPUs")
     parser.add_argument("--repeats", type=int, default=10)
     told = parser.parse_args()
-    device, settings = device_of_run(), settings_of(told.size)
-    side, images = settings.network.input_size, told.images
+    device, sizes = device_of_run(), sizes_of(told.size)
+    side, images = sizes.stage1.input_size, told.images
     torch.manual_seed(0)
-    model: nn.Module = laid_out(DetectorDescriptor(settings.network.shape), device, told.compiled).eval()
+    model: nn.Module = laid_out(DetectorDescriptor(sizes.shape), device, told.compiled).eval()
     if told.compiled:
         model = torch.compile(model)
-    batch = random_batch(images, settings).to(device)
+    batch = random_batch(images, sizes.stage1.input_size, sizes.clusters).to(device)
     labels = torch.rand(images, POINTS, 2, device=device) * (side // 4 - 1)
     with torch.inference_mode():
         heat, desc = keypoint_maps(model, batch, side, told.precision)

@@ -51,7 +51,10 @@ def worker(rank: int, world: int, joined: bool, pairs: int, steps: int, port: in
     torch.manual_seed(0)
     model = DetectorDescriptor(settings.network.shape).train()
     wrapped = Group(rank, world if joined else 1).wrap(model)
-    batch, generator = random_batch(pairs, settings), torch.Generator().manual_seed(rank)
+    batch, generator = (
+        random_batch(pairs, settings.network.input_size, settings.cluster.clusters),
+        torch.Generator().manual_seed(rank),
+    )
     taken, sent = [], 0
     for step in range(WARM_UP + steps):
         if step == WARM_UP:
@@ -59,7 +62,7 @@ def worker(rank: int, world: int, joined: bool, pairs: int, steps: int, port: in
             sent = loopback_bytes()
         started = time.perf_counter()
         model.zero_grad()
-        stage1_losses(wrapped, batch, settings, generator)["loss"].backward()
+        stage1_losses(wrapped, batch, settings.stage1_step(), generator)["loss"].backward()
         taken.append(time.perf_counter() - started)
     dist.barrier()
     sent = loopback_bytes() - sent

@@ -22,7 +22,7 @@ from benchmarks.common import (
     idle_share,
     machine,
     print_table,
-    settings_of,
+    sizes_of,
     summed_up,
     synchronise,
     wall_seconds,
@@ -77,27 +77,27 @@ def matrix_peak(precision: str) -> float:
 
 def stepper(stage: int, variant: Variant, size: Size, images: int | None = None) -> Callable[[], torch.Tensor]:
     """A function that takes one step and gives its loss."""
-    device, settings = device_of_run(), settings_of(size, variant.precision)
+    device, sizes = device_of_run(), sizes_of(size, variant.precision)
     torch.backends.cudnn.benchmark = True  # this and the next as in training
     keep_freed_memory()
     torch.manual_seed(0)
-    first = DetectorDescriptor(settings.network.shape)
-    model: nn.Module = first if stage == 1 else LandmarkDetector.from_stage1(first, settings.cluster.clusters)
+    first = DetectorDescriptor(sizes.shape)
+    model: nn.Module = first if stage == 1 else LandmarkDetector.from_stage1(first, sizes.clusters)
     model = model.to(device).train()
     if variant.channels_last:
         model = model.to(memory_format=torch.channels_last)
     used = torch.compile(model) if variant.compiled else model
-    batch = random_batch(images or batch_of(stage, size), settings).to(device)
+    batch = random_batch(images or batch_of(stage, size), sizes.stage1.input_size, sizes.clusters).to(device)
     generator = torch.Generator(device).manual_seed(0)
-    active = torch.ones(settings.cluster.clusters, dtype=torch.bool, device=device)
+    active = torch.ones(sizes.clusters, dtype=torch.bool, device=device)
     update = Update(model, learning_rate=5e-4, weight_decay=1e-5)
 
     def step() -> torch.Tensor:
         model.zero_grad()
         if stage == 1:
-            loss = stage1_losses(used, batch, settings, generator)["loss"]
+            loss = stage1_losses(used, batch, sizes.stage1, generator)["loss"]
         else:
-            loss = stage2_losses(used, batch, active, settings, generator)["loss"]
+            loss = stage2_losses(used, batch, active, sizes.stage2, generator)["loss"]
         loss.backward()
         update(5e-4)
         return loss.detach()
@@ -107,8 +107,8 @@ def stepper(stage: int, variant: Variant, size: Size, images: int | None = None)
 
 def batch_of(stage: int, size: Size) -> int:
     """Pairs of a step of stage 1, images of one of stage 2."""
-    settings = settings_of(size)
-    return int(settings.stage1.pairs if stage == 1 else settings.stage2.batch)
+    sizes = sizes_of(size)
+    return int(sizes.pairs if stage == 1 else sizes.batch)
 
 
 def compare(

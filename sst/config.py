@@ -9,10 +9,12 @@ from typing import Annotated, Any, Literal, Self
 import tyro
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from sst.nn.augment import STRONGER, Augmentation
+from sst.nn.augment import Augmentation
 from sst.nn.geometry import STRIDE
+from sst.nn.losses import DetectorTarget
 from sst.nn.network import NetworkShape
 from sst.nn.precision import Precision
+from sst.nn.steps import Stage1Step, Stage2Step
 
 Positive = Annotated[int, Field(gt=0)]
 Channels = Annotated[int, Field(gt=0, le=4096)]
@@ -25,6 +27,14 @@ class Settings(BaseModel):
     """Base of all settings: frozen, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def changed(self, **values: Any) -> Self:
+        """The same with other values, which are checked as in any settings.
+
+        Raises:
+            ValueError: if a name is unknown or a value not permitted.
+        """
+        return type(self).model_validate({name: getattr(self, name) for name in type(self).model_fields} | values)
 
 
 class NetworkSettings(Settings):
@@ -133,20 +143,20 @@ class Stage1Settings(Settings):
     """Of RMSprop."""
     min_labels: Count = 9
     """Images with fewer labelled points are not used."""
-    different_share: Share = 0.5
+    different_share: Share = Stage1Step.different_share
     """Share of pairs whose views come from two different images."""
-    margin: Rate = 0.8
+    margin: Rate = Stage1Step.margin
     """Descriptors of different clusters are pushed this far apart."""
-    descriptor_weight: Rate = 10.0
+    descriptor_weight: Rate = Stage1Step.descriptor_weight
     """Weight of the descriptor loss."""
-    detector_weight: Rate = 1.0
+    detector_weight: Rate = Stage1Step.detector_weight
     """Weight of the detector loss."""
-    detector_target: Literal["cell", "bump"] = "cell"
+    detector_target: DetectorTarget = Stage1Step.detector_target
     """What the detector learns to draw at a label: a single cell (published), or the bump of stage 2, which a short
     schedule learns sooner."""
     threshold: Share = 0.2
     """Detector confidence above which a keypoint is taken in a round."""
-    augmentation: Augmentation = Augmentation()
+    augmentation: Augmentation = Stage1Step.augmentation
     """Random changes of each view."""
 
 
@@ -179,12 +189,12 @@ class Stage2Settings(Settings):
     """Confidence from which a landmark is counted when channels are compared for merging."""
     visible: Share = 0.2
     """Confidence from which a landmark counts as visible at inference."""
-    flip_share: Share = 0.0
+    flip_share: Share = Stage2Step.flip_share
     """Share of the images that are mirrored, once a merging has found which landmarks are left/right pairs; for objects
     with a plane of symmetry whose left and right the landmarks confuse."""
     most_landmarks: Positive | None = None
     """At most so many landmarks are kept in the model: those found again most often after a random warp."""
-    augmentation: Augmentation = STRONGER
+    augmentation: Augmentation = Stage2Step.augmentation
     """Random changes of each image."""
 
 
@@ -250,6 +260,29 @@ class TrainSettings(Settings):
     stage2: Stage2Settings = Stage2Settings()
     resources: ResourceSettings = ResourceSettings()
 
+    def stage1_step(self) -> Stage1Step:
+        """What a step of stage 1 needs to know."""
+        one = self.stage1
+        return Stage1Step(
+            input_size=self.network.input_size,
+            precision=self.resources.precision,
+            different_share=one.different_share,
+            margin=one.margin,
+            descriptor_weight=one.descriptor_weight,
+            detector_weight=one.detector_weight,
+            detector_target=one.detector_target,
+            augmentation=one.augmentation,
+        )
+
+    def stage2_step(self) -> Stage2Step:
+        """What a step of stage 2 needs to know."""
+        return Stage2Step(
+            input_size=self.network.input_size,
+            precision=self.resources.precision,
+            flip_share=self.stage2.flip_share,
+            augmentation=self.stage2.augmentation,
+        )
+
     def method_json(self) -> str:
         """What the result depends on, as text: without resources and without defaults.
 
@@ -258,15 +291,9 @@ class TrainSettings(Settings):
         """
         return self.model_dump_json(exclude_defaults=True, exclude={"resources"})
 
-    def earlier_method_json(self) -> tuple[str, ...]:
-        """What earlier versions had for `method_json`: resources stood in it, without what is safe to change."""
-        rest = self.method_json()[:-1]
-        joined = rest + "," if len(rest) > 1 else rest
-        return tuple(f'{joined}"resources":{each}}}' for each in ("{}", '{"precision":"float32"}'))
-
     def with_precision(self, precision: Precision) -> Self:
         """The same with another arithmetic."""
-        return self.model_copy(update={"resources": self.resources.model_copy(update={"precision": precision})})
+        return self.changed(resources=self.resources.changed(precision=precision))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -23,7 +23,7 @@ PLACES = {
     "stage 2": ("sst.train.trainer", "stage2_losses", 15),
     "merging": ("sst.train.rounds", "count_overlaps", 2),
     "merged labels": ("sst.train.rounds", "apply_merge", 1),
-    "prediction": ("sst.train.trainer", "predict_shard", 2),
+    "prediction": ("sst.train.finish", "predict_shard", 2),
 }
 """Place: module, function, and at which of its calls in one process."""
 

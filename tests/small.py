@@ -22,6 +22,7 @@ from sst.config import (
 from sst.corpora.drawings import draw
 from sst.data.corpus import Corpus
 from sst.data.shards import SampleMeta, ShardWriter
+from sst.train.finish import Finisher
 from sst.train.first_round import make_first_round
 from sst.train.run_directory import RunDirectory
 from sst.train.tools import Tools
@@ -93,7 +94,8 @@ def train_locally(corpus_url: str, run_url: str, tools: Tools, settings: TrainSe
     corpus, run = Corpus.open(corpus_url), RunDirectory(run_url)
     make_first_round(settings, corpus, run, tools)
     trainer = Trainer(settings, corpus, run, Group(), tools)
-    trainer.finish(trainer())
+    network = trainer()
+    Finisher(trainer.settings, corpus, run, Group(), tools)(network, run.record(trainer.phases[-1].round))
     return trainer
 
 

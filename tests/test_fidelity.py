@@ -187,9 +187,11 @@ def test_a_step_of_each_full_size_preset(preset):
         before = [parameter.detach().clone() for parameter in model.parameters()]
         optimizer = torch.optim.RMSprop(model.parameters(), lr=stage.learning_rate, weight_decay=stage.weight_decay)
         if two:
-            losses = stage2_losses(model, batch, torch.ones(clusters, dtype=torch.bool), settings, generator)
+            losses = stage2_losses(
+                model, batch, torch.ones(clusters, dtype=torch.bool), settings.stage2_step(), generator
+            )
         else:
-            losses = stage1_losses(model, batch, settings, generator)
+            losses = stage1_losses(model, batch, settings.stage1_step(), generator)
         losses["loss"].backward()
         optimizer.step()
         assert all(torch.isfinite(loss) and loss > 0 for loss in losses.values())

@@ -12,6 +12,9 @@ from torch.nn import functional
 
 from sst.nn.geometry import sampling_grid
 
+DetectorTarget = Literal["cell", "bump"]
+"""What the detector learns to draw at a label: 1 in its cell, or the bump of stage 2."""
+
 BUMP_VARIANCE = 0.5625
 """A Gaussian of this variance is the published bump: 1 at the centre, 0.411 beside it, 0.169 at the corners."""
 
@@ -27,7 +30,7 @@ def sample_descriptors(desc_BDHW: Tensor, points_BN2: Tensor) -> Tensor:
 
 
 def detector_target(
-    points_BN2: Tensor, cluster_BN: Tensor, height: int, width: int, kind: Literal["cell", "bump"] = "cell"
+    points_BN2: Tensor, cluster_BN: Tensor, height: int, width: int, kind: DetectorTarget = "cell"
 ) -> Tensor:
     """What the detector should draw, 0 where no label is near; (B, 1, H, W).
 
@@ -48,9 +51,7 @@ def detector_target(
     return target.view(-1, 1, height, width)
 
 
-def detector_loss(
-    heat_B1HW: Tensor, points_BN2: Tensor, cluster_BN: Tensor, kind: Literal["cell", "bump"] = "cell"
-) -> Tensor:
+def detector_loss(heat_B1HW: Tensor, points_BN2: Tensor, cluster_BN: Tensor, kind: DetectorTarget = "cell") -> Tensor:
     """Mean squared error between the detector's heatmap and `detector_target`."""
     height, width = heat_B1HW.shape[-2:]
     target = detector_target(points_BN2, cluster_BN, height, width, kind)

@@ -4,20 +4,58 @@ Needs torch and numpy alone, like all that it calls.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sst.nn.augment import augment, warp_images
-from sst.nn.losses import descriptor_loss, detector_loss, landmark_loss, sample_descriptors
+from sst.nn.augment import STRONGER, Augmentation, augment, warp_images
+from sst.nn.losses import DetectorTarget, descriptor_loss, detector_loss, landmark_loss, sample_descriptors
 from sst.nn.precision import Precision, autocast
 from sst.nn.suppression import decode_keypoints, unite
 from sst.nn.symmetry import mirror_some
 
-if TYPE_CHECKING:
-    from sst.config import TrainSettings
+
+@dataclass(frozen=True)
+class Stage1Step:
+    """What a step of stage 1 needs to know; the defaults are the published values.
+
+    Attributes:
+        input_size: side of the square view, in pixels.
+        precision: arithmetic of convolutions, see `sst.nn.precision`.
+        different_share: share of pairs whose views come from two different images.
+        margin: L2 distance to which descriptors of different clusters are pushed apart.
+        descriptor_weight: of the descriptor loss.
+        detector_weight: of the detector loss.
+        detector_target: what the detector learns to draw at a label, see `sst.nn.losses.detector_loss`.
+        augmentation: random changes of each view.
+    """
+
+    input_size: int = 256
+    precision: Precision = "auto"
+    different_share: float = 0.5
+    margin: float = 0.8
+    descriptor_weight: float = 10.0
+    detector_weight: float = 1.0
+    detector_target: DetectorTarget = "cell"
+    augmentation: Augmentation = Augmentation()
+
+
+@dataclass(frozen=True)
+class Stage2Step:
+    """What a step of stage 2 needs to know; the defaults are the published values.
+
+    Attributes:
+        input_size: side of the square view, in pixels.
+        precision: arithmetic of convolutions, see `sst.nn.precision`.
+        flip_share: share of the images that are mirrored, where partners are known (beyond the paper).
+        augmentation: random changes of each image.
+    """
+
+    input_size: int = 256
+    precision: Precision = "auto"
+    flip_share: float = 0.0
+    augmentation: Augmentation = STRONGER
 
 
 @dataclass(frozen=True)
@@ -51,35 +89,32 @@ class Batch:
         return Batch(self.keys, *(tensor.pin_memory() for tensor in self._tensors))
 
 
-def random_batch(count: int, settings: "TrainSettings") -> Batch:
+def random_batch(count: int, input_size: int, clusters: int) -> Batch:
     """Images and labels like those of training: half as large again as the view, 20 points each."""
     generator, points = torch.Generator().manual_seed(0), 20
-    side = settings.network.input_size * 3 // 2
+    side = input_size * 3 // 2
     images = torch.randint(0, 256, (count, side, side, 3), generator=generator).to(torch.uint8)
-    places = torch.rand(count, points, 2, generator=generator) * (settings.network.input_size // 4 - 1)
-    cluster = torch.randint(0, settings.cluster.clusters, (count, points), generator=generator)
+    places = torch.rand(count, points, 2, generator=generator) * (input_size // 4 - 1)
+    cluster = torch.randint(0, clusters, (count, points), generator=generator)
     return Batch(tuple(map(str, range(count))), images, torch.eye(3).expand(count, 3, 3), places, cluster)
 
 
-def stage1_losses(
-    model: nn.Module, batch: Batch, settings: "TrainSettings", generator: torch.Generator
-) -> dict[str, Tensor]:
+def stage1_losses(model: nn.Module, batch: Batch, step: Stage1Step, generator: torch.Generator) -> dict[str, Tensor]:
     """Losses of one step of stage 1 (paper, section 3.1).
 
     Args:
         model: `DetectorDescriptor`, perhaps wrapped for DDP.
         batch: B images; pair i is two views of image i, or of image i and another of the batch.
-        settings: of the run.
+        step: what it needs to know.
         generator: source of randomness on the batch's device.
 
     Returns:
         "loss" to minimise and its parts, scalars.
     """
-    one, size = settings.stage1, settings.network.input_size
     count, device = len(batch.keys), batch.images.device
     own = torch.arange(count, device=device)
     shift = torch.randint(1, max(2, count), (), generator=generator, device=device)
-    different = torch.rand(count, generator=generator, device=device) < one.different_share
+    different = torch.rand(count, generator=generator, device=device) < step.different_share
     second = torch.where(different, (own + shift) % count, own)
     chosen = torch.cat([own, second])
     views, points, cluster = augment(
@@ -87,17 +122,17 @@ def stage1_losses(
         batch.to_view[chosen],
         batch.points[chosen],
         batch.cluster[chosen],
-        size,
-        one.augmentation,
+        step.input_size,
+        step.augmentation,
         generator,
     )
-    with autocast(device, settings.resources.precision):
+    with autocast(device, step.precision):
         heat, desc = model(views)
     at_points = sample_descriptors(desc.float(), points)
     # Detector losses of both views add up; over the joined batch their sum is twice the mean.
-    detector = 2 * detector_loss(heat, points, cluster, one.detector_target)
-    descriptor = descriptor_loss(at_points[:count], at_points[count:], cluster[:count], cluster[count:], one.margin)
-    total = one.descriptor_weight * descriptor + one.detector_weight * detector
+    detector = 2 * detector_loss(heat, points, cluster, step.detector_target)
+    descriptor = descriptor_loss(at_points[:count], at_points[count:], cluster[:count], cluster[count:], step.margin)
+    total = step.descriptor_weight * descriptor + step.detector_weight * detector
     return {"loss": total, "detector": detector, "descriptor": descriptor}
 
 
@@ -105,7 +140,7 @@ def stage2_losses(
     model: nn.Module,
     batch: Batch,
     active_K: Tensor,
-    settings: "TrainSettings",
+    step: Stage2Step,
     generator: torch.Generator,
     partner_K: Tensor | None = None,
 ) -> dict[str, Tensor]:
@@ -115,24 +150,24 @@ def stage2_losses(
         model: `LandmarkDetector`, perhaps wrapped for DDP.
         batch: images and labels.
         active_K: bool, clusters that are trained.
-        settings: of the run.
+        step: what it needs to know.
         generator: source of randomness on the batch's device.
         partner_K: partner of every cluster in mirrored images; some images are then mirrored (beyond the paper).
     """
-    size, to_view, points, cluster = settings.network.input_size, batch.to_view, batch.points, batch.cluster
+    to_view, points, cluster = batch.to_view, batch.points, batch.cluster
     if partner_K is not None:
-        chosen = torch.rand(len(batch.keys), generator=generator, device=points.device) < settings.stage2.flip_share
-        to_view, points, cluster = mirror_some(to_view, points, cluster, chosen, partner_K, size)
+        chosen = torch.rand(len(batch.keys), generator=generator, device=points.device) < step.flip_share
+        to_view, points, cluster = mirror_some(to_view, points, cluster, chosen, partner_K, step.input_size)
     views, points, cluster = augment(
         batch.images,
         to_view,
         points,
         cluster,
-        size,
-        settings.stage2.augmentation,
+        step.input_size,
+        step.augmentation,
         generator,
     )
-    with autocast(batch.images.device, settings.resources.precision):
+    with autocast(batch.images.device, step.precision):
         heat = model(views)
     return {"loss": landmark_loss(heat, points, cluster, active_K)}
 

@@ -158,7 +158,7 @@ def evaluate_run(config: Run) -> dict[str, tuple[float, Scores | None]]:
         UserError: if the run is not finished or its corpus has no annotations.
     """
     run = RunDirectory(config.run)
-    told_url = storage.join(run.url, "settings.json")
+    told_url = run.settings_url
     if not storage.exists(told_url):
         raise UserError(f"{run.url} is no run: it has no settings.json")
     told = storage.read_json(told_url)

@@ -46,15 +46,15 @@ def finish_run(run: RunDirectory, corpus: Corpus, settings: TrainSettings, secon
     annotated = AnnotatedImages.of(corpus)
     scores = score_run(run, corpus, annotated, model.visible) if annotated is not None else None
     if scores is not None:
-        storage.write_json(storage.join(run.url, "scores.json"), scores.to_json())
+        storage.write_json(run.scores_url, scores.to_json())
     drawn = draw_all(run, corpus, model, scores)
     told, images = settings.stage2.most_landmarks, corpus.manifest.samples_of("train")
     rounds = [{k: v for k, v in record.line().items() if k != "kind"} for record in run.records()]
     facts = landmark_facts(*all_predictions(run, corpus), model.visible, run.landmarks())
     figures = final_figures(model, facts, rounds, scores)
-    storage.write_json(storage.join(run.url, "figures.json"), figures)
+    storage.write_json(run.final_metrics_url, figures)
     report = write_report(
-        run.url,
+        run,
         title=f"Landmarks of {corpus.manifest.corpus}",
         summary=summary(model, scores, corpus, seconds),
         figures=drawn,

@@ -14,6 +14,7 @@ from PIL import Image
 
 from cluster import storage
 from sst.report.advice import LandmarkFacts, Warned
+from sst.train.run_directory import RunDirectory
 
 PAGE_QUALITY = 88
 """WebP quality of the page's pictures; RUN/figures has them unchanged."""
@@ -106,7 +107,7 @@ def short(value: Any) -> str:
 
 
 def write_report(
-    run_url: str,
+    run: RunDirectory,
     *,
     title: str,
     summary: Mapping[str, str],
@@ -120,7 +121,7 @@ def write_report(
     """Writes RUN/figures/*.png and RUN/report.html.
 
     Args:
-        run_url: directory of the run.
+        run: directory that the page is written to.
         title: heading.
         summary: name and value of the figures shown first.
         figures: pictures in their order.
@@ -134,7 +135,7 @@ def write_report(
         URL of the page.
     """
     for figure in figures:
-        storage.write_bytes(storage.join(run_url, "figures", f"{figure.name}.png"), figure.png)
+        storage.write_bytes(run.figure_url(figure.name), figure.png)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["short"] = short
     page = environment.from_string(Path(__file__).with_name("report.html").read_text("utf-8")).render(
@@ -150,6 +151,6 @@ def write_report(
         meanings=MEANINGS,
         cards=cards_of(facts, warnings),
     )
-    url = storage.join(run_url, "report.html")
+    url = run.report_url
     storage.write_bytes(url, page.encode())
     return url

@@ -52,5 +52,5 @@ def with_absolute_weights(settings: TrainSettings) -> TrainSettings:
     keypoints = settings.keypoints
     if keypoints.superpoint.weights is None:
         return settings
-    superpoint = keypoints.superpoint.model_copy(update={"weights": storage.absolute(keypoints.superpoint.weights)})
-    return settings.model_copy(update={"keypoints": keypoints.model_copy(update={"superpoint": superpoint})})
+    superpoint = keypoints.superpoint.changed(weights=storage.absolute(keypoints.superpoint.weights))
+    return settings.changed(keypoints=keypoints.changed(superpoint=superpoint))

@@ -193,6 +193,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     from sst.data.corpus import Corpus
     from sst.nn.precision import keep_freed_memory
     from sst.run.metrics import MetricsFile
+    from sst.train.finish import Finisher
     from sst.train.run_directory import RunDirectory
     from sst.train.trainer import Trainer
     from sst.train.workers import Group
@@ -210,8 +211,10 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         ray_tools(settings, config["kmeans"], metrics.write if metrics else lambda line: None),
         stop=StopFlag(config["run"]).is_up,
     )
-    trainer = Trainer(settings, Corpus.open(config["corpus"]), RunDirectory(config["run"]), group, tools)
+    corpus, run = Corpus.open(config["corpus"]), RunDirectory(config["run"])
+    trainer = Trainer(settings, corpus, run, group, tools)
     try:
-        trainer.finish(trainer())
+        network = trainer()
+        Finisher(trainer.settings, corpus, run, group, tools)(network, run.record(trainer.phases[-1].round))
     except Stopped:
         return  # a failure would be a reason to start again

@@ -8,13 +8,14 @@ from types import FrameType
 
 from cluster import storage
 from sst.errors import Terminated
+from sst.train.run_directory import RunDirectory
 
 
 class StopFlag:
     """A file in the run directory by which the process that was started asks its workers to stop."""
 
     def __init__(self, run_url: str) -> None:
-        self.url = storage.join(run_url, "stop")
+        self.url = RunDirectory(run_url).stop_url
 
     def put_up(self) -> None:
         """Asks for a stop."""

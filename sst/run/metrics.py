@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from cluster import storage
+from sst.train.run_directory import RunDirectory
 
 FLUSH_SECONDS = 5.0
 """An object store cannot append: there the whole file is put again, at most this often."""
@@ -16,7 +17,7 @@ class MetricsFile:
 
     def __init__(self, run_url: str) -> None:
         """Opens or begins the file."""
-        self.url = storage.join(run_url, "metrics.jsonl")
+        self.url = RunDirectory(run_url).metrics_url
         self._path = storage.filesystem(self.url)[1] if storage.is_local(self.url) else None
         self._text = b"" if self._path or not storage.exists(self.url) else storage.read_bytes(self.url)
         self._flushed = 0.0
@@ -51,7 +52,7 @@ class MetricsReader:
 
     def __init__(self, run_url: str, skip_present: bool = False, offset: int = 0) -> None:
         """Begins at the file's present end, or at an offset in bytes that an earlier reader came to."""
-        self.url = storage.join(run_url, "metrics.jsonl")
+        self.url = RunDirectory(run_url).metrics_url
         self.offset = offset
         if skip_present:
             self.new_lines()

@@ -33,6 +33,7 @@ from sst.report.advice import FEW_IMAGES
 from sst.report.finish import Outcome
 from sst.run.pipeline import train_run
 from sst.run.tracking import DEFAULT_URI, Tracking
+from sst.train.run_directory import RunDirectory
 from sst.train.schedule import plan
 
 LEAST_IMAGES = 60
@@ -230,14 +231,14 @@ def measure(settings: TrainSettings, machine: Machine, repeats: int = 3) -> Spee
     seconds = []
     for model, total in zip(models, (settings.stage1.pairs, settings.stage2.batch), strict=True):
         model.to(device).train()
-        batch = random_batch(total // workers, settings).to(device)
+        batch = random_batch(total // workers, settings.network.input_size, settings.cluster.clusters).to(device)
         taken = []
         for _ in range(1 + repeats):
             started = time.perf_counter()
             if isinstance(model, DetectorDescriptor):
-                losses = stage1_losses(model, batch, settings, generator)
+                losses = stage1_losses(model, batch, settings.stage1_step(), generator)
             else:
-                losses = stage2_losses(model, batch, active, settings, generator)
+                losses = stage2_losses(model, batch, active, settings.stage2_step(), generator)
             losses["loss"].backward()
             if device.type == "cuda":
                 torch.cuda.synchronize()
@@ -313,7 +314,7 @@ def train_own(command: OwnCommand) -> Outcome:
     """
     name = command.name or re.sub(r"[^\w.-]", "_", Path(command.images).resolve().name)
     run_url = storage.join(command.runs, name)
-    told_url = storage.join(run_url, "own.json")
+    told_url = RunDirectory(run_url).chosen_url
     told = command.model_dump(include={"images", "landmarks", "annotations", "minutes"})
     told |= {"images": str(Path(command.images).resolve())}
     if storage.exists(told_url) and (changed := differences(storage.read_json(told_url)["told"], told)):

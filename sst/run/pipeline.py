@@ -98,7 +98,7 @@ def tracked_run(
                 make_first_round(settings, corpus, run, tools, keypoints)
             except ValueError as error:
                 raise UserError(str(error)) from error
-            if not storage.exists(storage.join(run.model_url, "model.json")):
+            if not run.has_model():
                 train_on_workers(settings, corpus.url, run.url, actor, gpu)
         outcome = finish_run(run, corpus, settings, time.monotonic() - started)
         tracker.log(outcome.metrics, 0)

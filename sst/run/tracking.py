@@ -20,6 +20,7 @@ from urllib.parse import quote
 from cluster import storage
 from sst.environment import MLFLOW_ENVIRONMENT, set_environment
 from sst.run.metrics import MetricsReader
+from sst.train.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +226,7 @@ class Tracker:
 
     def _note(self) -> None:
         storage.write_json(
-            storage.join(self._run_url, "mlflow.json"), {"run_id": self._run_id, "sent": self._reader.offset}
+            RunDirectory(self._run_url).mlflow_url, {"run_id": self._run_id, "sent": self._reader.offset}
         )
         self._noted = self._reader.offset
 
@@ -236,7 +237,7 @@ class Tracker:
         for chatty in ("mlflow", "alembic", "urllib3"):
             logging.getLogger(chatty).setLevel(logging.ERROR)
         self._client = mlflow.MlflowClient(tracking_uri=self._uri)
-        known = storage.join(self._run_url, "mlflow.json")
+        known = RunDirectory(self._run_url).mlflow_url
         if storage.exists(known):
             noted = storage.read_json(known)
             try:
@@ -265,7 +266,7 @@ def noted_run(run_url: str) -> str:
     Raises:
         FileNotFoundError: if it has none yet.
     """
-    return str(storage.read_json(storage.join(run_url, "mlflow.json"))["run_id"])
+    return str(storage.read_json(RunDirectory(run_url).mlflow_url)["run_id"])
 
 
 def artifact_place(uri: str, experiment: str) -> str | None:

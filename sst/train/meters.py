@@ -57,12 +57,12 @@ class Skips:
                 )
 
 
-class Figures:
+class Meter:
     """Means of the losses and the speed since the last line; reads the device only when a line is made."""
 
-    def __init__(self, phase: Phase, images: int, workers: int) -> None:
-        """Starts counting; a step has so many images, or pairs, over all workers."""
-        self.phase, self.images, self.workers = phase, images, workers
+    def __init__(self, phase: Phase, workers: int) -> None:
+        """Starts counting."""
+        self.phase, self.workers = phase, workers
         self._reset()
 
     def _reset(self) -> None:
@@ -83,11 +83,11 @@ class Figures:
             self.sums[name] = self.sums.get(name, torch.zeros((), device=value.device)) + value.detach()
 
     def line(self, step: int, phase_step: int) -> dict[str, Any]:
-        """The figures since the last line, which starts a new one."""
+        """The metrics since the last line, which starts a new one."""
         seconds = time.monotonic() - self.since
         means = {name: float(total) / self.steps for name, total in self.sums.items()}
         speed = {
-            "images_per_second": self.steps * self.images / seconds,
+            "images_per_second": self.steps * self.phase.batch / seconds,
             "waiting_share": self.waited / seconds,
             "memory_gb": peak_memory_gb(),
             "workers": self.workers,

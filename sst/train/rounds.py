@@ -87,6 +87,11 @@ class RoundMaker:
                 seed=seed,
                 start=self.run.centroids(previous.number) if warm else None,
             )
+            moved, found_again = (
+                self._equivariance(called, found),
+                self._persistence(previous, found.thresholds, number),
+            )
+            seconds = {"extract": extracted - started} | found.seconds
             record = RoundRecord(
                 number=number,
                 kind="correspondence",
@@ -98,15 +103,8 @@ class RoundMaker:
                 thresholds=found.thresholds.tolist(),
                 active=(found.population > self.settings.stage2.min_population).tolist(),
                 population=found.population.tolist(),
-                figures=correspondence_figures(found)
-                | {"unusable_descriptors": dropped}
-                | self._persistence(previous, found.thresholds, number),
-                seconds={"extract": extracted - started} | found.seconds,
-            )
-            moved = self._equivariance(called, found)
-            rest = time.monotonic() - started - sum(record.seconds.values())
-            record = record.model_copy(
-                update={"figures": record.figures | moved, "seconds": record.seconds | {"figures": rest}}
+                figures=correspondence_figures(found) | {"unusable_descriptors": dropped} | found_again | moved,
+                seconds=seconds | {"figures": time.monotonic() - started - sum(seconds.values())},
             )
             self.run.finish_round(record, found.kmeans.centroids)
             self.tools.log(record.line())
@@ -151,24 +149,24 @@ class RoundMaker:
                 # An inactive channel draws nothing that could be trusted.
                 sound = active & active[found.partner] & (found.partner >= 0)
                 partner = np.where(sound, found.partner, -1).tolist()
-            record = previous.model_copy(
-                update={
-                    "number": number,
-                    "kind": "merge",
-                    "step": step,
-                    "weights": weights_hash(model),
-                    "backend": None,
-                    "thresholds": None,
-                    "active": active.tolist(),
-                    "population": population.tolist(),
-                    "partner": partner,
-                    "figures": {
-                        "labels_per_image": float(population.sum() / sum(images for _, images in counts)),
-                        "clusters_in_use": int(active.sum()),
-                        "merged": int(np.sum(previous.active) - active.sum()),
-                    },
-                    "seconds": {"merge": time.monotonic() - started},
-                }
+            record = RoundRecord(
+                number=number,
+                kind="merge",
+                step=step,
+                weights=weights_hash(model),
+                manifest=previous.manifest,
+                seed=previous.seed,
+                backend=None,
+                thresholds=None,
+                active=active.tolist(),
+                population=population.tolist(),
+                partner=partner,
+                figures={
+                    "labels_per_image": float(population.sum() / sum(images for _, images in counts)),
+                    "clusters_in_use": int(active.sum()),
+                    "merged": int(np.sum(previous.active) - active.sum()),
+                },
+                seconds={"merge": time.monotonic() - started},
             )
             self.run.finish_round(record, None)
             self.tools.log(record.line())

@@ -6,7 +6,9 @@ RUN/rounds/0003/labels/shard-00000.npz, centroids.npz
 RUN/checkpoints/0000012000/      see sst.train.checkpoint
 RUN/model/, RUN/predictions/     the result
 RUN/landmarks.json               how steady each landmark is, and left/right pairs
-RUN/metrics.jsonl, RUN/report.html, RUN/figures/
+RUN/metrics.jsonl                one JSON object for each step shown and each round
+RUN/final_metrics.json           the numbers by which finished runs are compared
+RUN/report.html, RUN/figures/    what people look at
 """
 
 from dataclasses import dataclass
@@ -91,6 +93,50 @@ class RunDirectory:
         """What the run was told, and which data it reads."""
         return storage.join(self.url, "settings.json")
 
+    @property
+    def chosen_url(self) -> str:
+        """What `train own` was told and the settings that it chose."""
+        return storage.join(self.url, "own.json")
+
+    @property
+    def checkpoints_url(self) -> str:
+        """Directory of the checkpoints."""
+        return storage.join(self.url, "checkpoints")
+
+    @property
+    def metrics_url(self) -> str:
+        """Metrics of steps and rounds, a JSON object in each line."""
+        return storage.join(self.url, "metrics.jsonl")
+
+    @property
+    def final_metrics_url(self) -> str:
+        """The numbers by which finished runs are compared."""
+        return storage.join(self.url, "final_metrics.json")
+
+    @property
+    def scores_url(self) -> str:
+        """Errors against annotations, where the corpus has them."""
+        return storage.join(self.url, "scores.json")
+
+    @property
+    def report_url(self) -> str:
+        """The report, a page of HTML."""
+        return storage.join(self.url, "report.html")
+
+    def figure_url(self, name: str) -> str:
+        """A picture of the report."""
+        return storage.join(self.url, "figures", f"{name}.png")
+
+    @property
+    def stop_url(self) -> str:
+        """A file that asks the workers to stop while it is there."""
+        return storage.join(self.url, "stop")
+
+    @property
+    def mlflow_url(self) -> str:
+        """The run's id in MLflow, and how much of the metrics it has."""
+        return storage.join(self.url, "mlflow.json")
+
     def noted_precision(self) -> Precision | None:
         """The arithmetic that the run began with; None where that is still open."""
         if not storage.exists(self.settings_url):
@@ -152,10 +198,26 @@ class RunDirectory:
         """Directory of the trained landmark model."""
         return storage.join(self.url, "model")
 
-    def landmarks(self) -> LandmarkRecord | None:
-        """What is known of each landmark; None for a run of a version that did not note it."""
-        url = storage.join(self.url, "landmarks.json")
-        return LandmarkRecord.model_validate(storage.read_json(url)) if storage.exists(url) else None
+    def has_model(self) -> bool:
+        """Whether training is over."""
+        return storage.exists(storage.join(self.model_url, "model.json"))
+
+    @property
+    def _landmarks_url(self) -> str:
+        return storage.join(self.url, "landmarks.json")
+
+    def write_landmarks(self, record: LandmarkRecord) -> None:
+        """Notes what is known of each landmark."""
+        storage.write_json(self._landmarks_url, record.model_dump())
+
+    def landmarks(self) -> LandmarkRecord:
+        """What is known of each landmark.
+
+        Raises:
+            FileNotFoundError: if the run has no model yet.
+            ValueError: if the record is damaged.
+        """
+        return LandmarkRecord.model_validate(storage.read_json(self._landmarks_url))
 
     def predictions_url(self, shard: str) -> str:
         """Where the final predictions on an image shard lie."""

@@ -19,6 +19,8 @@ class Phase:
         first_step: steps of the run before it.
         steps: its length.
         stage_step: steps of its stage before it.
+        batch: pairs (stage 1) or images (stage 2) of a step over all workers.
+        min_labels: images with fewer labels are not used.
     """
 
     name: str
@@ -27,6 +29,8 @@ class Phase:
     first_step: int
     steps: int
     stage_step: int
+    batch: int
+    min_labels: int
 
 
 def plan(settings: TrainSettings, images: int) -> list[Phase]:
@@ -43,7 +47,8 @@ def plan(settings: TrainSettings, images: int) -> list[Phase]:
     for name, stage, steps in lengths:
         first = phases[-1].first_step + phases[-1].steps if phases else 0
         before = sum(phase.steps for phase in phases if phase.stage == stage)
-        phases.append(Phase(name, stage, len(phases), first, steps, before))
+        batch, least = (one.pairs, one.min_labels) if stage == 1 else (two.batch, 1)
+        phases.append(Phase(name, stage, len(phases), first, steps, before, batch, least))
     return phases
 
 

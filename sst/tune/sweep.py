@@ -316,7 +316,7 @@ def train_trial(sweep: Sweep, number: int, reader: MetricsReader) -> Iterator[tu
 def finished_record(sweep: Sweep, number: int, seconds: float) -> TrialRecord:
     """What a finished run came to."""
     run = sweep.run(number)
-    figures = storage.read_json(storage.join(run.url, "figures.json"))
+    figures = storage.read_json(run.final_metrics_url)
     images = open_corpus(sweep.shards).manifest.samples_of("train")
     last = plan(with_values(sweep.settings, sweep.trials[number]), images)[-1]
     return TrialRecord(

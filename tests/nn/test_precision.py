@@ -144,7 +144,7 @@ def _train_in_a_group(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     settings, found = SETTINGS.with_precision("float32"), []
-    batch, generator = random_batch(4, settings), torch.Generator()
+    batch, generator = random_batch(4, settings.network.input_size, settings.cluster.clusters), torch.Generator()
     for compiled in (False, True):
         torch.manual_seed(0)
         model = DetectorDescriptor(NetworkShape(16, 1, 2, 16)).to(memory_format=torch.channels_last).train()
@@ -154,7 +154,7 @@ def _train_in_a_group(rank: int, port: int, folder: str) -> None:
         for step in range(3):
             generator.manual_seed(10 * step + rank)
             model.zero_grad()
-            stage1_losses(used, batch, settings, generator)["loss"].backward()
+            stage1_losses(used, batch, settings.stage1_step(), generator)["loss"].backward()
             norms.append(update(5e-4)[0])
         assert model.backbone.block1.conv1.weight.is_contiguous(memory_format=torch.channels_last)
         weights = torch.cat([weight.detach().flatten() for weight in model.parameters()])

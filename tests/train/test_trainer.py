@@ -1,16 +1,12 @@
 """The train loop in one process: phases, rounds, checkpoints, and going on after a crash."""
 
-import json
-
 import numpy as np
 import pytest
 import simplejpeg
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load, save
 
-from cluster import storage
 from sst.config import ResourceSettings, Stage1Settings, Stage2Settings, TrainSettings
 from sst.corpora.drawings import draw
 from sst.data.shards import SampleMeta, ShardWriter
@@ -22,6 +18,7 @@ from sst.presets import PRESETS
 from sst.train import extraction
 from sst.train.checkpoint import latest_checkpoint, write_checkpoint
 from sst.train.consistency import repeatability
+from sst.train.finish import warped_twice
 from sst.train.model import keep_landmarks, load_model
 from sst.train.run_directory import RunDirectory
 from sst.train.schedule import derived_seed, learning_rate, plan
@@ -221,25 +218,27 @@ def test_step_losses_are_functions_of_the_generator(finished, corpus):
 
     torch.manual_seed(0)
     one = DetectorDescriptor(SETTINGS.network.shape)
-    batch = next(trainer._stream(trainer.phases[0], 0, trainer.run.record(0)))
-    again = next(trainer._stream(trainer.phases[0], 0, trainer.run.record(0)))
+    batch = next(trainer.stream(trainer.phases[0], 0, trainer.run.record(0)))
+    again = next(trainer.stream(trainer.phases[0], 0, trainer.run.record(0)))
     assert batch.keys == again.keys and torch.equal(batch.images, again.images)
     values = [
-        float(stage1_losses(one, batch, SETTINGS, torch.Generator().manual_seed(seed))["loss"].detach())
+        float(stage1_losses(one, batch, SETTINGS.stage1_step(), torch.Generator().manual_seed(seed))["loss"].detach())
         for seed in (1, 1, 2)
     ]
     assert values[0] == values[1] != values[2]
     active = torch.ones(8, dtype=torch.bool)
-    two = stage2_losses(trainer.model, batch, active, SETTINGS, torch.Generator().manual_seed(1))["loss"]
+    two = stage2_losses(
+        trainer.learner.network, batch, active, SETTINGS.stage2_step(), torch.Generator().manual_seed(1)
+    )["loss"]
     assert float(two.detach()) > 0
 
 
 def test_skipped_batches_are_those_of_an_unbroken_stream(finished):
     _, trainer, _ = finished
     record = trainer.run.record(0)
-    whole = trainer._stream(trainer.phases[0], 0, record)
+    whole = trainer.stream(trainer.phases[0], 0, record)
     keys = [next(whole).keys for _ in range(5)]
-    resumed = trainer._stream(trainer.phases[0], 3, record)
+    resumed = trainer.stream(trainer.phases[0], 3, record)
     assert [next(resumed).keys for _ in range(2)] == keys[3:]
 
 
@@ -262,14 +261,16 @@ def test_only_the_steadiest_landmarks_are_kept_and_mirrored_images_are_trained_o
     trainer = train_locally(corpus, str(tmp_path), local_tools([]), settings)
     run = RunDirectory(str(tmp_path))
     model, record = load_model(run.model_url)
-    assert isinstance(trainer.model, LandmarkDetector)
+    assert isinstance(trainer.learner.network, LandmarkDetector)
     channels = [k for k, active in enumerate(run.records()[-1].active) if active]
-    first, second = trainer._warped_twice(keep_landmarks(trainer.model, channels), trainer.corpus.train[0])
+    first, second = warped_twice(
+        keep_landmarks(trainer.learner.network, channels), trainer.corpus, trainer.corpus.train[0], trainer.settings
+    )
     share = dict(zip(channels, repeatability(first, second, two.merge_radius), strict=True))
     assert len(channels) > 2 and len(record.clusters) == 2
     assert min(share[k] for k in record.clusters) >= max(share[k] for k in channels if k not in record.clusters)
     landmarks = run.landmarks()
-    assert landmarks is not None and len(landmarks.repeatability) == len(landmarks.partner) == 2
+    assert len(landmarks.repeatability) == len(landmarks.partner) == 2
     partners = [own.partner for own in run.records()]
     assert partners[0] is None and all(own is not None for own in partners[-2:])
     for own, round_ in zip(partners[-2:], run.records()[-2:], strict=True):
@@ -287,35 +288,6 @@ def test_a_run_goes_on_with_other_resources(corpus, tmp_path):
     train_locally(corpus, str(tmp_path), local_tools(lines), other)
     assert [line["step"] for line in lines if line["kind"] == "resume"] == [20]
     load_model(RunDirectory(str(tmp_path)).model_url)
-
-
-def test_the_former_texts_of_settings_are_known():
-    """Resources stood among what the result depends on, less what was safe to change; bf16 was the default."""
-    empty, exact = '"resources":{}}', '"resources":{"precision":"float32"}}'
-    assert TrainSettings().method_json() == "{}"
-    assert TrainSettings().earlier_method_json() == ("{" + empty, "{" + exact)
-    seeded = TrainSettings(seed=1).with_precision("float32")
-    assert seeded.method_json() == '{"seed":1}'
-    assert seeded.earlier_method_json() == ('{"seed":1,' + empty, '{"seed":1,' + exact)
-
-
-def test_a_run_begun_by_an_earlier_version_goes_on(corpus, tmp_path):
-    """Its checkpoint has the former hash of the settings, and the optimizer's count of steps."""
-    stopping = Tools(local_tools([]).fit, stop=lambda: True)
-    long = SETTINGS.model_copy(update={"stage1": SETTINGS.stage1.model_copy(update={"warmup_iterations": 24})})
-    with pytest.raises(Stopped):
-        train_locally(corpus, str(tmp_path), stopping, long)
-    place = sorted((tmp_path / "checkpoints").iterdir())[-1]
-    averages = load((place / "optimizer.safetensors").read_bytes())
-    averages |= {name.replace("square_avg", "step"): torch.tensor(20.0) for name in averages}
-    (place / "optimizer.safetensors").write_bytes(save(averages))
-    record = json.loads((place / "record.json").read_text())
-    record["settings"] = storage.sha256((long.method_json()[:-1] + ',"resources":{}}').encode())
-    record["files"]["optimizer.safetensors"] = storage.sha256((place / "optimizer.safetensors").read_bytes())
-    (place / "record.json").write_text(json.dumps(record))
-    lines: list[dict] = []
-    train_locally(corpus, str(tmp_path), local_tools(lines), long)
-    assert [line["step"] for line in lines if line["kind"] == "resume"] == [20]
 
 
 def test_no_skipped_step_is_unreported_when_a_checkpoint_goes_beyond_it(corpus, tmp_path, monkeypatch):

@@ -1,0 +1,114 @@
+"""The end of training: the landmark model, its landmarks on every image, and what they tell without annotations."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster import storage
+from sst.config import TrainSettings
+from sst.data.corpus import Corpus
+from sst.data.loader import balanced
+from sst.data.shards import ShardInfo, read_shard
+from sst.nn.geometry import SCORING_SIZE
+from sst.nn.network import LandmarkDetector
+from sst.train.consistency import equivariance_error, repeatability
+from sst.train.extraction import Predictions, predict_shard, shard_symmetry
+from sst.train.model import keep_landmarks, save_model
+from sst.train.run_directory import LandmarkRecord, RoundRecord, RunDirectory
+from sst.train.tools import Tools
+from sst.train.workers import Group
+
+
+@dataclass(frozen=True)
+class Finisher:
+    """What one worker does when training is over."""
+
+    settings: TrainSettings
+    corpus: Corpus
+    run: RunDirectory
+    group: Group
+    tools: Tools
+
+    def __call__(self, network: LandmarkDetector, record: RoundRecord) -> None:
+        """Writes the landmark model and its predictions on every image of the corpus.
+
+        Args:
+            network: as training left it, one channel per cluster, in eval mode.
+            record: of the last round, which tells the clusters that are landmarks.
+        """
+        channels = self._steadiest(network, [channel for channel, active in enumerate(record.active) if active])
+        network = keep_landmarks(network, channels)
+        shards = balanced(self.corpus.manifest.shards, self.group.world)[self.group.rank]
+        metrics: dict[str, float] = {}
+        for done, shard in enumerate(shards, start=1):
+            predicted = predict_shard(network, self.corpus, shard, self.settings)
+            metrics = metrics or self._metrics(network, shard, predicted)
+            storage.save_npz(
+                self.run.predictions_url(shard.file), points=predicted.points, confidence=predicted.confidence
+            )
+            self.tools.log({"kind": "shards", "what": "predict", "done": done, "total": len(shards)})
+        self.group.wait()
+        if self.group.rank == 0:
+            self._write_landmarks(network)
+            save_model(
+                self.run.model_url,
+                network,
+                network=self.settings.network,
+                clusters=channels,
+                visible=self.settings.stage2.visible,
+                figures=metrics,
+            )
+        self.group.wait()
+
+    def _steadiest(self, network: LandmarkDetector, channels: list[int]) -> list[int]:
+        """The channels to keep; all, unless `stage2.most_landmarks` bounds them."""
+        most = self.settings.stage2.most_landmarks
+        if most is None or len(channels) <= most:
+            return channels
+        kept: list[int] = []
+        if self.group.rank == 0:
+            share = self._repeatability(keep_landmarks(network, channels), self.corpus.train[0])
+            kept = sorted(channels[number] for number in np.argsort(-share, kind="stable")[:most])
+        return list(self.group.gather(kept)[0])
+
+    def _repeatability(self, network: LandmarkDetector, shard: ShardInfo) -> np.ndarray:
+        points = warped_twice(network, self.corpus, shard, self.settings)
+        return repeatability(*points, self.settings.stage2.merge_radius)
+
+    def _write_landmarks(self, network: LandmarkDetector) -> None:
+        """Writes of each landmark its repeatability and its partner in mirrored images."""
+        shard, visible = self.corpus.manifest.shards[-1], self.settings.stage2.visible
+        again = self._repeatability(network, shard)
+        symmetry = shard_symmetry(network, self.corpus, shard, self.settings, visible)
+        record = LandmarkRecord(
+            images=shard.samples,
+            repeatability=again.tolist(),
+            partner=symmetry.partner.tolist(),
+            swap_share=symmetry.swap_share.tolist(),
+        )
+        self.run.write_landmarks(record)
+
+    def _metrics(self, network: LandmarkDetector, shard: ShardInfo, predicted: Predictions) -> dict[str, float]:
+        """What one shard tells without annotations: visibility, what of its images the boxes cover, equivariance."""
+        first, second = warped_twice(network, self.corpus, shard, self.settings, predicted)
+        error = equivariance_error(first, second, SCORING_SIZE)
+        boxes = [sample.box_share for sample in read_shard(f"{self.corpus.url}/{shard.file}", shard.sha256)]
+        metrics = {
+            "visible_share": float(np.isfinite(first[..., 0]).mean()) if first.size else 0.0,
+            "box_share": float(np.mean(boxes)),
+        }
+        return metrics | ({"equivariance_error": error} if np.isfinite(error) else {})
+
+
+def warped_twice(
+    network: LandmarkDetector,
+    corpus: Corpus,
+    shard: ShardInfo,
+    settings: TrainSettings,
+    predicted: Predictions | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Visible landmarks of a shard's images, and of warped copies moved back; (N, K, 2), NaN = not visible."""
+    plain = predicted or predict_shard(network, corpus, shard, settings)
+    again = predict_shard(network, corpus, shard, settings, warp_seed=settings.seed)
+    visible = settings.stage2.visible
+    return plain.visible_points(visible), again.visible_points(visible)
