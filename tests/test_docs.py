@@ -7,11 +7,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from cluster import storage
@@ -27,7 +29,8 @@ from sst.tune import comparison, sweep
 from tests.small import SETTINGS, local_tools, train_locally
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+ROOT_PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
+PAGES = [*ROOT_PAGES, *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
 
 def commands(page: str) -> list[str]:
@@ -176,7 +179,7 @@ def test_every_setting_has_a_meaning():
     assert not empty
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "benchmarks/RESULTS.md"])
 def test_links_and_pictures_exist(page):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", (ROOT / page).read_text()):
         assert (ROOT / page).parent.joinpath(target).exists(), target
@@ -199,5 +202,35 @@ def test_every_test_that_a_page_names_exists(page):
     text = (ROOT / page).read_text()
     named = re.findall(r"`(test_\w+)`", text)
     assert len(named) >= 8 and [name for name in named if f"def {name}(" not in tests] == []
-    files = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
-    assert set(re.findall(r"`(test_\w+\.py)`", text)) <= files
+    assert all(list((ROOT / "tests").rglob(name)) for name in re.findall(r"`(test_\w+\.py)`", text))
+
+
+def test_the_contributors_tour_names_files_and_rooms_that_exist():
+    named = re.findall(r"`([\w./]+/[\w.]*)`", (ROOT / "CONTRIBUTING.md").read_text())
+    missing = [name for name in named if name != "site/index.html" and not (ROOT / name).exists()]
+    assert len(named) >= 30 and missing == []
+
+
+def test_the_citation_names_the_paper_and_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    paper = citation["references"][0]
+    assert "Unsupervised Learning of Object Landmarks via Self-Training Correspondence" in paper["title"]
+    assert [author["family-names"] for author in paper["authors"]] == ["Mallis", "Sanchez", "Bell", "Tzimiropoulos"]
+    assert citation["version"] == project["version"] and citation["cff-version"] == "1.2.0"
+
+
+def test_the_changelog_has_room_for_the_next_change():
+    headings = re.findall(r"^#{2,3} (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] == "[Unreleased]"
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}  # those of Keep a Changelog
+    assert all(heading in kinds or re.match(r"\[[\w.]+\]", heading) for heading in headings)
+
+
+def test_forms_and_workflows_are_sound_yaml_and_ci_runs_what_must_pass():
+    form = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/bug_report.yml").read_text())
+    asked = [part["id"] for part in form["body"] if part["type"] != "markdown"]
+    assert {"name", "description"} <= form.keys() and len(set(asked)) == len(asked) >= 4
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    steps = [step.get("run") for job in workflow["jobs"].values() for step in job["steps"]]
+    assert "bash .ci/run" in steps and (ROOT / ".ci/run").exists()
