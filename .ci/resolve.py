@@ -1,8 +1,8 @@
 """Do the pinned versions install together? `make resolve`: each extra, for each Python that pyproject.toml admits.
 
-Reads the package index's metadata alone, by uv's resolver, and installs nothing. A version counts only if it has a wheel for that Python
-on Linux. Exits 1 with the reason where a set of pins has no solution, where constraints.txt pins what no extra
-needs, or where an extra brings something without a pin; exits 2 where no index can be reached, so that nothing is known.
+Reads the package index's metadata alone, by uv's resolver, and installs nothing. A version counts only if it has a
+wheel for that Python on Linux. Exits 1 with the reason where pins have no solution, where constraints.txt pins what no
+extra needs, or where an extra brings something without a pin; exits 2 where no index can be reached.
 """
 
 import subprocess
