@@ -48,7 +48,7 @@ resolve: $(INSTALLED)
 
 ## The documentation as a site, in site/.
 docs: $(INSTALLED)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) runs mlflow.db mlruns site
