@@ -143,7 +143,7 @@ def test_presets_hold_the_published_constants(preset, capsys):
     assert {name: config[name] for name in config.keys() & NEUTRAL} == {
         name: value for name, value in NEUTRAL.items() if name in config
     }
-    unnamed = {name for name in config.keys() - table.keys() - NEUTRAL.keys()}
+    unnamed = set(config.keys() - table.keys() - NEUTRAL.keys())
     assert {name for name in unnamed if name not in NOT_PUBLISHED and name.split(".")[0] not in NOT_PUBLISHED} == set()
 
 

@@ -838,7 +838,7 @@ def test_mixing_gives_the_order_of_shuffling() -> None:
 
 
 def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing.tempfile, "TemporaryFile", lambda buffering: open("/dev/full", "r+b", buffering))  # noqa: SIM115
+    monkeypatch.setattr(packing.tempfile, "TemporaryFile", lambda buffering: open("/dev/full", "r+b", buffering))
     results: list[tuple[str, Packed]] = [(item.source, pack_item(item)) for item in drawn_items(3)]
     with pytest.raises(UserError, match="TMPDIR"):
         list(mixed(results, seed=0))
