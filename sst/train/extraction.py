@@ -22,8 +22,9 @@ from sst.nn.network import LandmarkDetector
 from sst.nn.precision import Precision, autocast
 from sst.nn.steps import Batch, describe, keypoint_maps
 from sst.nn.suppression import decode_keypoints, decode_landmarks
-from sst.nn.symmetry import Symmetry, find_symmetry, mirror_matrix
+from sst.nn.symmetry import mirror_matrix
 from sst.train.keypoints import VIEW, KeypointDetector
+from sst.train.symmetry import Symmetry, find_symmetry
 
 logger = logging.getLogger(__name__)
 
