@@ -24,7 +24,7 @@ from rich.table import Table
 
 from sst.config import TrainSettings
 from sst.presets import PRESETS
-from sst.run.own import scaled
+from sst.run.estimate import scaled
 
 DEMO_MINUTES = 8.0
 """What the toy-cpu preset takes on two cores."""

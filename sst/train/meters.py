@@ -58,16 +58,20 @@ class Skips:
 
 
 class Figures:
-    """Means of the losses and the speed since the last line; reads the device only when a line is made."""
+    """Means of the losses and the speed since the last line; reads the device only when a line is made.
+
+    Speed is images that passed through the network, over all workers, per second of wall clock: every second of a phase
+    counts for one line, whatever it went into (steps, waiting, checkpoints).
+    """
 
     def __init__(self, phase: Phase, images: int, workers: int) -> None:
-        """Starts counting; a step has so many images, or pairs, over all workers."""
+        """Starts counting; in a step so many images pass through the network over all workers."""
         self.phase, self.images, self.workers = phase, images, workers
-        self._reset()
+        self._reset(time.monotonic())
 
-    def _reset(self) -> None:
+    def _reset(self, now: float) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.steps, self.waited, self.since = 0, 0.0, time.monotonic()
+        self.steps, self.waited, self.since = 0, 0.0, now
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -84,8 +88,9 @@ class Figures:
 
     def line(self, step: int, phase_step: int) -> dict[str, Any]:
         """The figures since the last line, which starts a new one."""
-        seconds = time.monotonic() - self.since
         means = {name: float(total) / self.steps for name, total in self.sums.items()}
+        now = time.monotonic()  # after the device was waited for, which is part of the steps
+        seconds = now - self.since
         speed = {
             "images_per_second": self.steps * self.images / seconds,
             "waiting_share": self.waited / seconds,
@@ -98,7 +103,7 @@ class Figures:
             "stage": self.phase.stage,
             "round": self.phase.round,
         }
-        self._reset()
+        self._reset(now)
         return line | {"step": step, "phase_step": phase_step, "phase_steps": self.phase.steps} | means | speed
 
 

@@ -47,6 +47,11 @@ def plan(settings: TrainSettings, images: int) -> list[Phase]:
     return phases
 
 
+def images_of_step(settings: TrainSettings, stage: int) -> int:
+    """Images that pass through the network in a step, over all workers: both views of each pair in stage 1."""
+    return 2 * settings.stage1.pairs if stage == 1 else settings.stage2.batch
+
+
 def learning_rate(settings: TrainSettings, phase: Phase, step: int) -> float:
     """Learning rate of a phase's step.
 

@@ -32,7 +32,7 @@ from sst.train.meters import Figures, Skips
 from sst.train.model import keep_landmarks, save_model
 from sst.train.rounds import RoundMaker
 from sst.train.run_directory import LandmarkRecord, RoundRecord, RunDirectory
-from sst.train.schedule import Phase, derived_seed, learning_rate, plan
+from sst.train.schedule import Phase, derived_seed, images_of_step, learning_rate, plan
 from sst.train.tools import Tools
 from sst.train.workers import Group
 
@@ -198,7 +198,7 @@ class Trainer:
         generator = torch.Generator(self.group.device)
         self.model.train()
         share = self.group.share_of(self._batch_size(phase))
-        figures = Figures(phase, self._batch_size(phase), self.group.world)
+        figures = Figures(phase, images_of_step(self.settings, phase.stage), self.group.world)
         stream = self._stream(phase, done, record) if done < phase.steps else iter(())
         for step in range(done, phase.steps):
             with figures.waiting():
