@@ -57,7 +57,7 @@ def arguments(settings: TrainSettings, folder: Path, name: str) -> list[str]:
         "stage1.warmup-iterations": one.warmup_iterations, "stage1.rounds": one.rounds,
         "stage1.round-iterations": one.round_iterations, "stage2.iterations": two.iterations,
         "stage2.merge-after": two.merge_after, "stage2.merge-every": two.merge_every,
-        "resources.max-failures": 1_000, "resources.checkpoint-steps": 100,
+        "resources.max-failures": 1_000, "resources.checkpoint-steps": 100, "workers": 2,
     }  # fmt: skip
     words = [word for option, value in told.items() for word in (f"--{option}", str(value))]
     milestones = ["--stage2.milestones", *map(str, two.milestones)]

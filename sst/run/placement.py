@@ -116,7 +116,8 @@ def _on_gpus(settings: TrainSettings, machines: Sequence[Machine], gpus: int) ->
     one_each = min(gpus, room)
     workers = min(one_each, settings.workers_for_batch)
     _check_pool(settings, workers)
-    said = f"{workers} worker{'' if workers == 1 else 's'} on {_gpus(gpus)} (auto: one on each)"
+    of = "" if workers == gpus else f"{workers} of "
+    said = f"{workers} worker{'' if workers == 1 else 's'} on {of}{_gpus(gpus)} (auto: one on each)"
     warning = None
     if workers < one_each:
         warning = (
