@@ -204,18 +204,19 @@ class ResourceSettings(Settings):
     workers: Annotated[
         str,
         BeforeValidator(str),
-        Field(pattern=r"^[1-9]\d{0,4}(:[1-9]\d{0,4})?$"),
-        tyro.conf.arg(aliases=("--workers",), metavar="N|LEAST:MOST"),
-    ] = "2"
-    """DDP workers: 8, or 2:8 for as many of these as the cluster has room for, which may change during the run."""
+        Field(pattern=r"^(auto|[1-9]\d{0,4}(:[1-9]\d{0,4})?)$"),
+        tyro.conf.arg(aliases=("--workers",), metavar="auto|N|LEAST:MOST"),
+    ] = "auto"
+    """DDP workers: auto for one on each GPU of the cluster or, without GPUs, on each CPU core, up to 8, for which there
+    is memory; 8; or 2:8 for as many of these as the cluster has room for, which may change during the run."""
     worker_cpus: Rate = 0.9
     """CPUs that Ray sets aside per worker; the rest is left to the tasks of a round."""
-    worker_gpus: Share = 0.9
+    worker_gpus: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     """GPUs per worker, where the cluster has any; the rest is left to the k-means actor."""
     kmeans_gpus: Share = 0.1
     """GPUs of the k-means actor, where the cluster has any."""
     gpu: bool | None = None
-    """Train on GPUs; unset: where the cluster has enough of them."""
+    """Train on GPUs; unset: where the cluster has any. True also waits for those that a cluster brings when asked."""
     precision: Precision = "auto"
     """Arithmetic of convolutions; weights, losses and optimizer are always float32. auto: bf16 where all workers have
     matrix units for it (recent GPUs, some server CPUs), float32 elsewhere; a run keeps what it began with."""
@@ -234,13 +235,13 @@ class ResourceSettings(Settings):
 
     @property
     def least_workers(self) -> int:
-        """Workers without which nothing begins."""
-        return int(self.workers.partition(":")[0])
+        """Workers without which nothing begins; 1 as long as it is not settled what auto is (`sst.run.placement`)."""
+        return 1 if self.workers == "auto" else int(self.workers.partition(":")[0])
 
     @property
     def most_workers(self) -> int:
-        """Workers at most; the same where their number is fixed."""
-        return int(self.workers.rpartition(":")[2])
+        """Workers at most; the same where their number is fixed, and 1 as long as auto is not settled."""
+        return 1 if self.workers == "auto" else int(self.workers.rpartition(":")[2])
 
 
 SAFE_TO_CHANGE = tuple(name for name in ResourceSettings.model_fields if name != "precision")
@@ -294,6 +295,21 @@ class TrainSettings(Settings):
     def with_precision(self, precision: Precision) -> Self:
         """The same with another arithmetic."""
         return self.changed(resources=self.resources.changed(precision=precision))
+
+    def with_workers(self, workers: str) -> Self:
+        """The same with another number of workers, for which the batches must do.
+
+        Raises:
+            ValueError: if a batch is too small for so many.
+        """
+        resources = self.resources.model_copy(update={"workers": workers})
+        return self.model_validate(self.model_copy(update={"resources": resources}).model_dump())
+
+    @property
+    def workers_for_batch(self) -> int:
+        """Workers at most for which the batches do: 2 pairs each in stage 1, an image each in stage 2."""
+        pairs = self.stage1.pairs // 2 if self.stage1.warmup_iterations else self.stage2.batch
+        return min(pairs, self.stage2.batch)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -24,6 +24,7 @@ from sst.data.corpus import open_corpus
 from sst.report.finish import finish_run
 from sst.run import own
 from sst.run.claim import claim
+from sst.run.estimate import Speed
 from sst.train.run_directory import RunDirectory
 from sst.tune import comparison, sweep
 from tests.small import SETTINGS, local_tools, train_locally
@@ -95,7 +96,7 @@ def world(tmp_path, monkeypatch, finished):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "train_run", quickly)
     monkeypatch.setattr(own, "train_run", quickly)
-    monkeypatch.setattr(own, "measure", lambda settings, machine: own.Speed(0.1, 0.1, 3.5))
+    monkeypatch.setattr(own, "measure", lambda *_: Speed(0.1, 0.1, 0.003, 0.003, 0.02, 1e-6, 1.0, 3.5))
     monkeypatch.setattr(demo, "train_run", quickly)
     one = sweep.TrialRecord(values={}, status="finished", objective=1.0)
     monkeypatch.setattr(

@@ -16,7 +16,7 @@ from sst.train.schedule import Phase
 
 
 def step_line(line: dict[str, Any], left: str) -> str:
-    """One fixed-width line of a step's figures."""
+    """One fixed-width line of a step's figures; img/s: images through the network per second of wall clock."""
     losses = " ".join(f"{name} {line[name]:8.5f}" for name in ("loss", "detector", "descriptor") if name in line)
     done = f"{line['phase_step']:>6}/{line['phase_steps']:<6}"
     return (

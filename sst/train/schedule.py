@@ -32,6 +32,11 @@ class Phase:
     batch: int
     min_labels: int
 
+    @property
+    def views(self) -> int:
+        """Images that pass through the network in a step, over all workers: both views of each pair in stage 1."""
+        return 2 * self.batch if self.stage == 1 else self.batch
+
 
 def plan(settings: TrainSettings, images: int) -> list[Phase]:
     """The run's phases: warm-up, rounds, and stage 2 cut at its mergings."""

@@ -244,7 +244,7 @@ def test_skipped_batches_are_those_of_an_unbroken_stream(finished):
 
 def test_settings_that_contradict_each_other_are_refused():
     with pytest.raises(ValueError, match="at least 1 per worker"):
-        TrainSettings(stage2=Stage2Settings(batch=1))
+        TrainSettings(stage2=Stage2Settings(batch=1), resources=ResourceSettings(workers=2))
     with pytest.raises(ValueError, match="least come first"):
         ResourceSettings(workers="8:2")
     with pytest.raises(ValueError, match="workers"):
