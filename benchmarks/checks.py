@@ -4,13 +4,14 @@ A check is a function that returns what it saw, or raises: `DidNotHold` with wha
 is missing, anything else for a failure that nobody foresaw. None of them stops the checks after it.
 """
 
+import multiprocessing
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 
@@ -123,6 +124,41 @@ def job(verb: str, words: Sequence[str], log: Path, seconds: float, look: Callab
     if process.returncode != 0:
         raise DidNotHold(f"jobs.{verb} ended with exit code {process.returncode}: {_last_line(log, began)}")
     return True
+
+
+def isolated(function: Callable[..., str], *told: Any, seconds: float) -> str:
+    """Runs a function in a process of its own: a GPU library that crashes takes nothing else with it.
+
+    Raises:
+        DidNotHold: if it raises, dies or takes too long.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(theirs, function, told))
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(seconds):
+            raise DidNotHold(f"no answer after {seconds:.0f} s")
+        fine, seen = ours.recv()
+    except EOFError:
+        process.join(10)
+        raise DidNotHold(f"its process died with exit code {process.exitcode}") from None
+    finally:
+        process.terminate()
+        process.join(10)
+    if not fine:
+        raise DidNotHold(seen)
+    return str(seen)
+
+
+def _answer(pipe: Any, function: Callable[..., str], told: Sequence[Any]) -> None:
+    try:
+        pipe.send((True, function(*told)))
+    except DidNotHold as error:
+        pipe.send((False, str(error)))
+    except Exception as error:
+        pipe.send((False, f"{type(error).__name__}: {error}"))
 
 
 def kill_tree(pid: int) -> None:

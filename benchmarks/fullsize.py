@@ -53,6 +53,9 @@ WARM_UP, STAGE_1 = 1 / 11, 5 / 11
 LEAST_ROUND, MOST_ROUNDS = 150, 8
 """Steps without which a round teaches the descriptors too little for another, and the preset's number of rounds."""
 
+LEAST_IMAGES, MOST_IMAGES = 64, 1500
+"""Fewer than the least give too few descriptors for the clusters; more than the most make passes longer, not better."""
+
 MERGINGS = 4
 """Of stage 2: at a third of it, and then after each sixth."""
 
@@ -120,7 +123,7 @@ def schedule(minutes: float, scale: Scale) -> Schedule:
     rounds = max(1, min(MOST_ROUNDS, in_rounds // LEAST_ROUND))
     images = int(0.25 * seconds / ((rounds + MERGINGS + 4) * scale.image / 3))
     return Schedule(
-        images=max(48, min(1500, images)),
+        images=max(LEAST_IMAGES, min(MOST_IMAGES, images)),
         warm_up=max(2, int(WARM_UP * steps)),
         rounds=rounds,
         round_steps=max(2, in_rounds // rounds),

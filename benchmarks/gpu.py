@@ -12,7 +12,6 @@ to be not run. On a machine that gives a command only minutes, `--only` runs som
 
 import importlib
 import json
-import multiprocessing
 import os
 import platform
 import secrets
@@ -33,7 +32,7 @@ import torch
 import tyro
 
 from benchmarks import fullsize
-from benchmarks.checks import DidNotHold, NotRunHere, Row, checked, job, report
+from benchmarks.checks import DidNotHold, NotRunHere, Row, checked, isolated, job, report
 from benchmarks.common import machine
 from benchmarks.fullsize import Scale, Schedule, Trained, scale_of, schedule, train_words
 from cluster.shards import Descriptors
@@ -105,43 +104,8 @@ class Plan:
             raise NotRunHere("no GPU")
 
 
-def isolated(function: Callable[..., str], *told: Any, seconds: float) -> str:
-    """Runs a function in a process of its own: a GPU library that crashes takes nothing else with it.
-
-    Raises:
-        DidNotHold: if it raises, dies or takes too long.
-    """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(theirs, function, told))
-    process.start()
-    theirs.close()
-    try:
-        if not ours.poll(seconds):
-            raise DidNotHold(f"no answer after {seconds:.0f} s")
-        fine, seen = ours.recv()
-    except EOFError:
-        process.join(10)
-        raise DidNotHold(f"its process died with exit code {process.exitcode}") from None
-    finally:
-        process.terminate()
-        process.join(10)
-    if not fine:
-        raise DidNotHold(seen)
-    return str(seen)
-
-
-def _answer(pipe: Any, function: Callable[..., str], told: Sequence[Any]) -> None:
-    try:
-        pipe.send((True, function(*told)))
-    except DidNotHold as error:
-        pipe.send((False, str(error)))
-    except Exception as error:
-        pipe.send((False, f"{type(error).__name__}: {error}"))
-
-
 def check_install(plan: Plan) -> str:
-    """Everything that is needed can be imported, each package by itself."""
+    """Everything that is needed can be imported; libraries of the GPU, which may crash, each by itself."""
     seen = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     if plan.gpus:
         seen.append(f"{plan.gpus} x {torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}")
@@ -149,22 +113,23 @@ def check_install(plan: Plan) -> str:
         shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi"], capture_output=True, check=False).returncode == 0
     ):
         raise DidNotHold(f"nvidia-smi shows a GPU that torch {torch.__version__} does not see")
-    wanted = PACKAGES | (GPU_PACKAGES if plan.gpus else {})
     broken = []
-    for package, module in wanted.items():
+    each_alone = [{package: module} for package, module in GPU_PACKAGES.items()] if plan.gpus else []
+    for packages in (PACKAGES, *each_alone):
         try:
-            seen.append(isolated(imported, package, module, seconds=plan.seconds(2)))
+            seen.append(isolated(imported, packages, seconds=plan.seconds(2)))
         except DidNotHold as error:
-            broken.append(f"{package}: {error}")
+            broken.append(f"{', '.join(packages)}: {error}")
     if broken:
         raise DidNotHold("; ".join(broken))
     return ", ".join(seen)
 
 
-def imported(package: str, module: str) -> str:
-    """Imports a module; its package and version."""
-    importlib.import_module(module)
-    return f"{package} {metadata.version(package)}"
+def imported(packages: dict[str, str]) -> str:
+    """Imports a module of each package; the packages with their versions."""
+    for module in packages.values():
+        importlib.import_module(module)
+    return ", ".join(f"{package} {metadata.version(package)}" for package in packages)
 
 
 def check_obstacle(plan: Plan) -> str:
