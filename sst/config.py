@@ -302,8 +302,7 @@ class TrainSettings(Settings):
         Raises:
             ValueError: if a batch is too small for so many.
         """
-        resources = self.resources.model_copy(update={"workers": workers})
-        return self.model_validate(self.model_copy(update={"resources": resources}).model_dump())
+        return self.changed(resources=self.resources.changed(workers=workers))
 
     @property
     def workers_for_batch(self) -> int:

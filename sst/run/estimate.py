@@ -120,21 +120,19 @@ def scaled(settings: TrainSettings, factor: float) -> TrainSettings:
     rounds = max(min(1, one.rounds), min(one.rounds, in_rounds // LEAST_ROUND))
     iterations = steps(two.iterations, 2 * LEAST_ROUND)
     share = iterations / two.iterations
-    stage1 = {
-        "warmup_iterations": steps(one.warmup_iterations, LEAST_ROUND),
-        "rounds": rounds,
-        "round_iterations": max(1, in_rounds // rounds) if rounds else one.round_iterations,
-    }
-    stage2 = {
-        "iterations": iterations,
-        "milestones": tuple(round(milestone * share) for milestone in two.milestones),
-        "merge_after": round(two.merge_after * share),
-        "merge_every": None
-        if two.merge_every is None
-        else max(min(two.merge_every, LEAST_ROUND), round(two.merge_every * share)),
-    }
-    return settings.model_copy(
-        update={"stage1": one.model_copy(update=stage1), "stage2": two.model_copy(update=stage2)}
+    every = two.merge_every
+    return settings.changed(
+        stage1=one.changed(
+            warmup_iterations=steps(one.warmup_iterations, LEAST_ROUND),
+            rounds=rounds,
+            round_iterations=max(1, in_rounds // rounds) if rounds else one.round_iterations,
+        ),
+        stage2=two.changed(
+            iterations=iterations,
+            milestones=tuple(round(milestone * share) for milestone in two.milestones),
+            merge_after=round(two.merge_after * share),
+            merge_every=None if every is None else max(min(every, LEAST_ROUND), round(every * share)),
+        ),
     )
 
 

@@ -11,7 +11,6 @@ from typing import Annotated
 
 import psutil
 import torch
-import tyro
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.table import Table
@@ -29,9 +28,9 @@ from sst.progress import duration
 from sst.report.advice import FEW_IMAGES
 from sst.report.finish import Outcome
 from sst.run.estimate import COMPILING_PAYS, expected_seconds, measure, scaled, within
+from sst.run.options import RunName, RunOptions, WithRuns
 from sst.run.pipeline import train_run
 from sst.run.placement import REST_GB, WORKER_GB, Machine, cpu_workers, place
-from sst.run.tracking import DEFAULT_URI, Tracking
 from sst.train.run_directory import RunDirectory
 
 LEAST_IMAGES = 60
@@ -100,28 +99,22 @@ def choose(images: int, landmarks: int, machine: Machine) -> TrainSettings:
     share = 1.0 if not machine.gpus else min(1.0, max(LEAST_SCHEDULE, math.sqrt(images / PUBLISHED_IMAGES)))
     base = PRESETS["celeba" if machine.gpus else "faces-cpu"][1]
     small = PRESETS["faces-cpu"][1]
-    settings = base.model_copy(
-        update={
-            "keypoints": small.keypoints,
-            "cluster": base.cluster.model_copy(update={"clusters": clusters}),
-            "stage1": small.stage1.model_copy(
-                update={
-                    "warmup_iterations": base.stage1.warmup_iterations,
-                    "rounds": base.stage1.rounds,
-                    "round_iterations": base.stage1.round_iterations,
-                }
-            ),
-            "stage2": base.stage2.model_copy(
-                update={
-                    "min_population": population,
-                    "most_landmarks": landmarks,
-                    "merge_every": small.stage2.merge_every if not machine.gpus else 5_000,
-                    "visible": small.stage2.visible,
-                }
-            ),
-        }
+    settings = base.changed(
+        keypoints=small.keypoints,
+        cluster=base.cluster.changed(clusters=clusters),
+        stage1=small.stage1.changed(
+            warmup_iterations=base.stage1.warmup_iterations,
+            rounds=base.stage1.rounds,
+            round_iterations=base.stage1.round_iterations,
+        ),
+        stage2=base.stage2.changed(
+            min_population=population,
+            most_landmarks=landmarks,
+            merge_every=small.stage2.merge_every if not machine.gpus else 5_000,
+            visible=small.stage2.visible,
+        ),
     )
-    settings = TrainSettings.model_validate(scaled(settings, share).model_dump())
+    settings = scaled(settings, share)
     workers_for(settings, machine)  # refuses a machine with too little memory
     return settings
 
@@ -164,19 +157,12 @@ class OwnCommand(BaseModel):
     """How many landmarks are wanted."""
     annotations: str | None = None
     """CSV or COCO file with boxes of the objects, where they do not fill the images; points in it are for scoring."""
-    name: Annotated[str | None, Field(pattern=r"^[\w.-]+$")] = None
+    name: RunName | None = None
     """Name of the run; by default that of the folder."""
     minutes: Annotated[float | None, Field(gt=0)] = None
     """How long it may take from the first keypoints to the report, 5 or more; by default as long as the schedule takes.
     Packing, and measuring how fast the machine is, come before that."""
-    runs: str = "runs"
-    """Directory or URL under which runs lie."""
-    tracking: str = DEFAULT_URI
-    """MLflow tracking URI; MLFLOW_TRACKING_URI gives another default."""
-    experiment: str = "landmarks"
-    """MLflow experiment."""
-    register_as: Annotated[str | None, tyro.conf.arg(name="register")] = None
-    """Name under which the finished model becomes a new version in MLflow's model registry."""
+    where: WithRuns = RunOptions()
 
 
 def train_own(command: OwnCommand) -> Outcome:
@@ -186,7 +172,7 @@ def train_own(command: OwnCommand) -> Outcome:
         UserError: if the images or the machine do not permit it, or a run of that name was told otherwise.
     """
     name = command.name or re.sub(r"[^\w.-]", "_", Path(command.images).resolve().name)
-    run_url = storage.join(command.runs, name)
+    run_url = storage.join(command.where.runs, name)
     told_url = RunDirectory(run_url).chosen_url
     told = command.model_dump(include={"images", "landmarks", "annotations", "minutes"})
     told |= {"images": str(Path(command.images).resolve())}
@@ -209,8 +195,7 @@ def train_own(command: OwnCommand) -> Outcome:
         settings = own_settings(command, open_corpus(shards), run_url)
         storage.write_json(told_url, {"told": told, "settings": settings.model_dump(mode="json")})
     settings = TrainSettings.model_validate(storage.read_json(told_url)["settings"])
-    tracking = Tracking(command.tracking, command.experiment, name, register=command.register_as)
-    return train_run(settings, shards, run_url, tracking)
+    return train_run(settings, shards, run_url, command.where.tracked_as(name))
 
 
 def own_settings(command: OwnCommand, corpus: Corpus, run_url: str) -> TrainSettings:
@@ -218,8 +203,7 @@ def own_settings(command: OwnCommand, corpus: Corpus, run_url: str) -> TrainSett
     machine, images = this_machine(), corpus.manifest.samples_of("train")
     settings = choose(images, command.landmarks, machine)
     if machine.gpus and command.minutes is not None and command.minutes < COMPILING_PAYS:
-        resources = settings.resources.model_copy(update={"compile": False})
-        settings = settings.model_copy(update={"resources": resources})
+        settings = settings.changed(resources=settings.resources.changed(compile=False))
     compiling = " (a GPU's steps are compiled, which takes minutes)" if machine.gpus else ""
     print(f"measuring how fast this machine is{compiling}", flush=True)
     speed = measure(settings, machine, workers_for(settings, machine), corpus)
