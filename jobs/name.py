@@ -1,7 +1,7 @@
-"""Gives the landmarks names: `python -m jobs.name MODEL --annotations FEW.json`.
+"""Teaches a model your own named points from a few images.
 
-From a handful of annotated images (5 to 50 are plenty) it learns where your named points lie among the discovered
-landmarks, and writes MODEL/names.json; from then on jobs.predict gives the named points too.
+From a handful of annotated images (5 to 50 are plenty) it learns where your points lie among the discovered landmarks,
+and writes MODEL/names.json; from then on predict gives the named points too.
 """
 
 from collections.abc import Sequence
@@ -32,10 +32,13 @@ def run(config: Name) -> None:
     print(f"python -m jobs.predict {config.model} IMAGES --out DIR gives them now too (DIR/named.json)")
 
 
+COMMAND = Name
+
+
 @exit_on_user_error()
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.name") -> None:
     """Parses the command line and learns; a mistake gives a message on stderr and exit code 2."""
-    run(tyro.cli(Name, prog="jobs.name", description=__doc__, args=arguments))
+    run(tyro.cli(COMMAND, prog=prog, description=__doc__, args=arguments))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from PIL import Image
 
 from cluster import storage
 from docs import reference
+from jobs import __main__ as command_line
 from jobs import compare, demo, train, tune
 from sst.corpora.drawings import draw
 from sst.data.corpus import open_corpus
@@ -38,7 +39,9 @@ def commands(page: str) -> list[str]:
     """Commands of the page's code blocks, and those in its sentences, in their order."""
     found = []
     blocks = re.finditer(
-        r"```(\w*)\n(.*?)```|`((?:(?:\.venv/bin/)?python -m|ray job) [^`]*)`", (ROOT / page).read_text(), re.DOTALL
+        r"```(\w*)\n(.*?)```|`((?:(?:\.venv/bin/)?(?:python -m|landmarks)|ray job) [^`]*)`",
+        (ROOT / page).read_text(),
+        re.DOTALL,
     )
     for language, block, inline in (match.groups(default="") for match in blocks):
         lines = "" if language else f"{block}{inline}".replace("\\\n", " ")
@@ -47,7 +50,7 @@ def commands(page: str) -> list[str]:
 
 
 def is_command(line: str) -> bool:
-    return re.match(r"(\.venv/bin/|python -m |make |ray |PATH=)", line) is not None
+    return re.match(r"(\.venv/bin/|python -m |landmarks |make |ray |PATH=)", line) is not None
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +122,8 @@ def run(command: str) -> None:
         words = words[words.index("--") + 1 :]
     if words[0] == "make":
         subprocess.run(["make", "-n", words[1]], cwd=ROOT, check=True, capture_output=True)
+    elif words[0].endswith("landmarks"):
+        succeeds(command_line.main, words[1:])
     elif "mlflow" in words[0] or "mlflow" in words[1]:
         from click.testing import CliRunner
         from mlflow.cli import cli
@@ -131,15 +136,20 @@ def run(command: str) -> None:
         main, arguments = importlib.import_module(words[2]), words[3:]
         if not words[2].startswith("jobs."):
             return  # what it does is looked at elsewhere; that it exists, here
-        try:
-            main.main(arguments)
-        except SystemExit as exit_:
-            assert not exit_.code, command
+        succeeds(main.main, arguments)
+
+
+def succeeds(main, arguments):
+    try:
+        main(arguments)
+    except SystemExit as exit_:
+        assert not exit_.code, arguments
 
 
 def is_pattern(command: str) -> bool:
     """Whether a command shows a form rather than something that can be typed."""
-    return re.search(r"\b(PRESET|FILE|DIR|SOURCE)\b|s3://|\||^python -m jobs\.\w+$", command) is not None
+    bare_verb = r"^(python -m jobs\.\w+|landmarks [\w-]+)$"
+    return re.search(rf"\b(PRESET|FILE|DIR|SOURCE)\b|s3://|\||{bare_verb}", command) is not None
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -152,8 +162,8 @@ def test_commands_of_a_page_run(page, world, capsys):
         if page == "README.md" and "evaluate run runs/mine" in command:
             continue  # its images have no annotations: refused with that reason, see test_mistakes
         if is_pattern(command):
-            verb = re.search(r"jobs\.(\w+)", command)
-            assert verb is None or (ROOT / "jobs" / f"{verb.group(1)}.py").exists(), command
+            verb = re.search(r"(?:jobs\.|landmarks )([\w-]+)", command)
+            assert verb is None or verb.group(1).replace("_", "-") in command_line.VERBS, command
         else:
             run(command)
 

@@ -11,7 +11,6 @@ from typing import Annotated
 
 import psutil
 import torch
-import tyro
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.table import Table
@@ -29,9 +28,9 @@ from sst.progress import duration
 from sst.report.advice import FEW_IMAGES
 from sst.report.finish import Outcome
 from sst.run.estimate import COMPILING_PAYS, expected_seconds, measure, scaled, within
+from sst.run.options import RunName, RunOptions, WithRuns
 from sst.run.pipeline import train_run
 from sst.run.placement import REST_GB, WORKER_GB, Machine, cpu_workers, place
-from sst.run.tracking import DEFAULT_URI, Tracking
 from sst.train.run_directory import RunDirectory
 
 LEAST_IMAGES = 60
@@ -164,19 +163,12 @@ class OwnCommand(BaseModel):
     """How many landmarks are wanted."""
     annotations: str | None = None
     """CSV or COCO file with boxes of the objects, where they do not fill the images; points in it are for scoring."""
-    name: Annotated[str | None, Field(pattern=r"^[\w.-]+$")] = None
+    name: RunName | None = None
     """Name of the run; by default that of the folder."""
     minutes: Annotated[float | None, Field(gt=0)] = None
     """How long it may take from the first keypoints to the report, 5 or more; by default as long as the schedule takes.
     Packing, and measuring how fast the machine is, come before that."""
-    runs: str = "runs"
-    """Directory or URL under which runs lie."""
-    tracking: str = DEFAULT_URI
-    """MLflow tracking URI; MLFLOW_TRACKING_URI gives another default."""
-    experiment: str = "landmarks"
-    """MLflow experiment."""
-    register_as: Annotated[str | None, tyro.conf.arg(name="register")] = None
-    """Name under which the finished model becomes a new version in MLflow's model registry."""
+    where: WithRuns = RunOptions()
 
 
 def train_own(command: OwnCommand) -> Outcome:
@@ -186,7 +178,7 @@ def train_own(command: OwnCommand) -> Outcome:
         UserError: if the images or the machine do not permit it, or a run of that name was told otherwise.
     """
     name = command.name or re.sub(r"[^\w.-]", "_", Path(command.images).resolve().name)
-    run_url = storage.join(command.runs, name)
+    run_url = storage.join(command.where.runs, name)
     told_url = RunDirectory(run_url).chosen_url
     told = command.model_dump(include={"images", "landmarks", "annotations", "minutes"})
     told |= {"images": str(Path(command.images).resolve())}
@@ -209,8 +201,7 @@ def train_own(command: OwnCommand) -> Outcome:
         settings = own_settings(command, open_corpus(shards), run_url)
         storage.write_json(told_url, {"told": told, "settings": settings.model_dump(mode="json")})
     settings = TrainSettings.model_validate(storage.read_json(told_url)["settings"])
-    tracking = Tracking(command.tracking, command.experiment, name, register=command.register_as)
-    return train_run(settings, shards, run_url, tracking)
+    return train_run(settings, shards, run_url, command.where.tracked_as(name))
 
 
 def own_settings(command: OwnCommand, corpus: Corpus, run_url: str) -> TrainSettings:
