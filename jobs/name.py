@@ -9,9 +9,8 @@ from collections.abc import Sequence
 import tyro
 from rich.console import Console
 
-from cluster import storage
 from sst.errors import exit_on_user_error
-from sst.predict.naming import Name, annotated_examples, error_table, learn, save_names
+from sst.predict.naming import Name, error_table, learn_names
 
 
 def run(config: Name) -> None:
@@ -20,15 +19,13 @@ def run(config: Name) -> None:
     Raises:
         UserError: if there is no model or no usable annotation.
     """
-    examples, names, place, weights = annotated_examples(config)
-    named = learn(examples, names, weights)
-    save_names(place, named)
+    named, examples, file = learn_names(config)
     table = error_table(examples)
     if table is not None:
         Console().print(table)
     else:
         print("too few annotated images to hold some out and measure errors; with 7 or more a table is shown")
-    print(f"{len(names)} named points learnt from {named.images} images: {storage.join(place, 'names.json')}")
+    print(f"{len(named.names)} named points learnt from {named.images} images: {file}")
     print(f"python -m jobs.predict {config.model} IMAGES --out DIR gives them now too (DIR/named.json)")
 
 

@@ -19,16 +19,12 @@ from cluster import storage
 from sst.errors import UserError
 from sst.predict.naming import NamedPoints, load_names
 from sst.predict.overlay import draw_landmarks
-from sst.predict.predictor import Found, Unreadable, open_model, predict
+from sst.predict.predictor import Found, Unreadable, needs_boxes, open_model, predict
 from sst.predict.sources import find_sources
 from sst.predict.tables import Rows, as_coco, as_csv
 from sst.progress import with_progress
 
 OUTPUTS = ("predictions.json", "predictions.csv", "named.json", "named.csv", "pictures", "named_pictures", "video.mp4")
-
-
-WHOLE = 0.8
-"""A model whose training boxes covered less of the stored images than this share has to be told the boxes."""
 
 
 class Predict(BaseModel):
@@ -153,7 +149,7 @@ def write_predictions(config: Predict) -> None:
         raise UserError("no images are named; give files, folders, patterns, one directory of shards or one video")
     sources = find_sources(config.images, config.boxes)
     clear(config)
-    if sources.whole and record.figures.get("box_share", 1.0) < WHOLE:
+    if sources.whole and needs_boxes(record):
         print(
             "note: this model learnt from boxes around the objects, and these images are seen whole; unless they are "
             "cropped to the object, give its box in each by --boxes",
@@ -162,7 +158,7 @@ def write_predictions(config: Predict) -> None:
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     collected = Collected(load_names(place), record.visible if config.visible is None else config.visible)
     with opened(config, sources.frames_per_second) as pictures:
-        results = predict(model, record.network.input_size, sources.targets)
+        results = predict(model, record.network.input_size, sources.targets, pictures=True)
         for result in with_progress(results, "predicting", sources.total):
             if isinstance(result, Unreadable):
                 collected.unreadable.append(result)

@@ -1,7 +1,7 @@
 """The end of a run: scores, pictures and the report."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ class Outcome:
     landmarks: int
     report: str
     metrics: dict[str, float]
-    pictures: dict[str, bytes]
+    pictures: dict[str, bytes] = field(repr=False)
 
 
 def finish_run(run: RunDirectory, corpus: Corpus, settings: TrainSettings, seconds: float) -> Outcome:
