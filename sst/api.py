@@ -155,7 +155,8 @@ def train_own(
         annotations: CSV or COCO file with boxes of the objects, where they do not fill the images; points in it are
             for scoring only.
         name: of the run; by default that of the folder.
-        minutes: how long training may take; by default as long as the schedule takes.
+        minutes: how long it may take from the first keypoints to the report, 5 or more; by default as long as the
+            schedule takes.
         runs: directory or URL under which runs lie.
         tracking: MLflow tracking URI.
         experiment: MLflow experiment.

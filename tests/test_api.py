@@ -190,5 +190,5 @@ def test_importing_the_package_imports_nothing_slow():
 
 def test_every_exported_name_is_there():
     assert all(getattr(sst, name).__doc__ for name in sst.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'lood'"):
-        sst.lood  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        sst.nothing  # noqa: B018
