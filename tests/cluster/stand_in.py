@@ -20,7 +20,7 @@ import sys
 import threading
 from numbers import Integral
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -56,9 +56,9 @@ def checked(array: Any, what: str) -> np.ndarray:
 class KMeans:
     """See the module's docstring."""
 
-    fits: list[dict[str, Any]] = []
+    fits: ClassVar[list[dict[str, Any]]] = []
     """Options of every fit, for tests that ask whether and how cuML was called."""
-    fail: Exception | None = None
+    fail: ClassVar[Exception | None] = None
     """What the next fits raise."""
 
     def __init__(
@@ -170,8 +170,8 @@ class Group:
 class Nccl:
     """`raft_dask.common.nccl.nccl`, for ranks that are threads of one process."""
 
-    groups: dict[bytes, Group] = {}
-    lock = threading.Lock()
+    groups: ClassVar[dict[bytes, Group]] = {}
+    lock: ClassVar[Any] = threading.Lock()
 
     def __init__(self) -> None:
         self.group: Group | None = None

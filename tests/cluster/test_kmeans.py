@@ -16,7 +16,7 @@ from cluster.actor import KMeansActor, assign_shard_task, read_sample
 from cluster.shards import Descriptors, Labels
 from tests.cluster.backends import BACKENDS, Fit, fit_by, fit_in_parts
 from tests.cluster.stand_in import KMeans as StandIn
-from tests.test_batch import Waits
+from tests.nn.test_steps import Waits
 
 
 def blobs(clusters: int = 6, rows: int = 400, width: int = 5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
