@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import tyro
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from cluster.kmeans import KMeansSettings
 from sst.nn.augment import Augmentation
 from sst.nn.geometry import STRIDE
 from sst.nn.losses import DetectorTarget
@@ -118,8 +119,12 @@ class ClusterSettings(Settings):
     """cuml needs a GPU; torch runs anywhere; auto takes cuml where a GPU is, and says which it took."""
     actors: Positive = 1
     """Actors that share the sample of k-means, for samples past one GPU: over NCCL, or on CPUs by sums of each."""
-    warm_start: bool = True
-    """Start from the previous round's centroids, so that cluster identities persist."""
+    keep_identities: bool = True
+    """Carry cluster numbers over from round to round, by matching clusters on the labels that they share."""
+
+    def kmeans(self, seed: int) -> KMeansSettings:
+        """What a fit is told."""
+        return KMeansSettings(self.clusters, self.iterations, seed=seed, backend=self.backend)
 
 
 class Stage1Settings(Settings):

@@ -110,7 +110,7 @@ NOT_PUBLISHED = {
     "keypoints.patch",
     "keypoints.most",
     "cluster.backend",
-    "cluster.warm_start",
+    "cluster.keep_identities",
 }
 """Settings that have no counterpart in the paper: what the free default detector takes, and how a run is run."""
 

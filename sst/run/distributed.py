@@ -13,12 +13,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from cluster.actor import KMeansSettings, start_actor
+from cluster.actor import start_actor
 from cluster.correspondence import Sample
 from cluster.dispatch import RayMap
-from cluster.kmeans import KMeansResult
+from cluster.kmeans import KMeansResult, KMeansSettings
 from sst.config import ResourceSettings, TrainSettings
 from sst.environment import RAY_ENVIRONMENT, set_environment, usable_cpus
 from sst.errors import RunFailedError, Stopped, UserError
@@ -108,12 +106,9 @@ def ray_tools(
     """Tools that run k-means in the actor and shards as tasks."""
     import ray
 
-    cluster = settings.cluster
-
-    def fit(sample: Sample, start: np.ndarray | None, seed: int, clusters: int) -> KMeansResult:
-        asked = KMeansSettings(clusters, cluster.iterations, seed=seed, backend=cluster.backend)
+    def fit(sample: Sample, asked: KMeansSettings) -> KMeansResult:
         try:
-            result: KMeansResult = ray.get(actor.fit.remote(list(sample), asked, start))
+            result: KMeansResult = ray.get(actor.fit.remote(list(sample), asked))
         except ray.exceptions.RayTaskError as error:
             raise error.as_instanceof_cause() from None
         return result

@@ -16,7 +16,9 @@ from torch import nn
 
 from cluster import storage
 from cluster.correspondence import (
+    SAME_PLACE,
     Correspondence,
+    PreviousLabels,
     correspond,
     descriptors_folder,
     descriptors_url,
@@ -48,9 +50,6 @@ EQUIVARIANCE_IMAGES = 64
 ROUND_SEED = 1
 """Purpose number in `derived_seed`."""
 
-PERSISTENCE_RADIUS = 1.5
-"""Heatmap cells within which a label of the same cluster counts as the same label."""
-
 
 @dataclass(frozen=True)
 class RoundMaker:
@@ -76,16 +75,16 @@ class RoundMaker:
         extracted = time.monotonic()
         if self.group.rank == 0:
             seed = derived_seed(self.settings.seed, ROUND_SEED, number)
-            warm = self.settings.cluster.warm_start and previous.kind == "correspondence"
+            before = PreviousLabels(self.run.round_url(previous.number), np.array(previous.thresholds, np.float32))
             found = correspond(
                 self.run.round_url(number),
                 descriptors_folder(self.run.round_url(number)),
                 rows,
-                lambda sample, start: self.tools.fit(sample, start, seed, self.settings.cluster.clusters),
+                lambda sample: self.tools.fit(sample, self.settings.cluster.kmeans(seed)),
                 self.tools.run_on_shards,
                 sample=self.settings.cluster.sample,
                 seed=seed,
-                start=self.run.centroids(previous.number) if warm else None,
+                previous=before if self.settings.cluster.keep_identities else None,
             )
             moved, found_again = (
                 self._equivariance(called, found),
@@ -211,8 +210,8 @@ class RoundMaker:
         return everyone, sum(self.group.gather(dropped))
 
     def _persistence(self, previous: RoundRecord, thresholds: np.ndarray, number: int) -> dict[str, float]:
-        if previous.kind != "correspondence":
-            return {}  # clusters of the first keypoints have other numbers
+        if not self.settings.cluster.keep_identities:
+            return {}  # the previous clusters had other numbers
         shards = [shard.file for shard in self.corpus.train]
         url = self.run.round_url(number)
         shares = self.tools.run_on_shards(
@@ -267,5 +266,5 @@ def shard_persistence(
 ) -> tuple[float, int]:
     """Share of a shard's previous labels that are found again, and how many previous labels there were."""
     before = run.labels(previous, shard)
-    share = label_persistence(before, Labels.load(current).below(thresholds), PERSISTENCE_RADIUS)
+    share = label_persistence(before, Labels.load(current).below(thresholds), SAME_PLACE)
     return (share if len(before.points) else 0.0), max(1, len(before.points))

@@ -8,7 +8,7 @@ import torch
 
 from cluster import storage
 from cluster.correspondence import descriptors_url
-from cluster.kmeans import fit
+from cluster.kmeans import KMeansSettings, fit
 from cluster.shards import Descriptors
 from sst.config import KeypointSettings, SuperPointSettings, TrainSettings
 from sst.data.corpus import Corpus
@@ -77,7 +77,7 @@ def test_background_removal_equals_the_slow_reference(scenes, tmp_path):
     cut = np.sort(scores)[int(np.ceil(0.9 * len(scores))) - 1]
     seed = derived_seed(settings.seed, ROUND_SEED, 0)
     near, far = (
-        fit(descriptors[rows].astype(np.float32), clusters, seed=seed).centroids
+        fit(descriptors[rows].astype(np.float32), KMeansSettings(clusters, seed=seed)).centroids
         for rows, clusters in ((inside, 12), (~inside, 20))
     )
     expected = [
