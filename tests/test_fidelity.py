@@ -33,11 +33,11 @@ PUBLISHED = {
     "cluster": {"clusters": 100, "iterations": 100, "sample": 500_000},
     "stage1": {
         "warmup_iterations": 20_000,
-        "rounds": 30,
+        "rounds": 29,
         "round_iterations": 10_000,
         "pairs": 16,
         "learning_rate": 0.0005,
-        "last_learning_rate": 0.000005,
+        "floor_learning_rate": 0.000005,
         "cosine_steps": 5,
         "weight_decay": 0.00001,
         "min_labels": 9,
