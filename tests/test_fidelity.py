@@ -53,6 +53,8 @@ PUBLISHED = {
             "contrast": [0.85, 1.3],
             "noise_probability": 0.5,
             "noise": 0.05,
+            "noise_per_channel": 0.5,
+            "about": "image",
             "brightness": [0.9, 1.1],
             "brightness_per_channel": 0.2,
             "colour_probability": 0.3,
@@ -80,8 +82,10 @@ PUBLISHED = {
             "blur_probability": 0.5,
             "blur_sigma": 0.5,
             "contrast": [0.75, 1.5],
-            "noise_probability": 0.5,
+            "noise_probability": 1,
             "noise": 0.05,
+            "noise_per_channel": 0.5,
+            "about": "image",
             "brightness": [0.8, 1.2],
             "brightness_per_channel": 0.2,
             "colour_probability": 0.5,
@@ -168,6 +172,7 @@ def labelled_batch(clusters: int) -> Batch:
     return Batch(
         ("a", "b"),
         torch.from_numpy(rng.integers(0, 256, (2, 300, 280, 3), np.uint8)),
+        torch.tensor([[280.0, 300.0]] * 2),
         torch.from_numpy(np.stack([box_to_view(np.array([10.0, 20.0, 260.0, 270.0]), 256)] * 2)).float(),
         torch.from_numpy(rng.uniform(20, 44, (2, 12, 2))).float(),
         torch.from_numpy(np.stack([np.arange(12), np.arange(12) + clusters - 18])),
@@ -192,9 +197,9 @@ def test_a_step_of_each_full_size_preset(preset):
             )
         else:
             losses = stage1_losses(model, batch, settings.stage1_step(), generator)
-        losses["loss"].backward()
+        losses.total().backward()
         optimizer.step()
-        assert all(torch.isfinite(loss) and loss > 0 for loss in losses.values())
+        assert all(torch.isfinite(loss) and loss > 0 for loss in losses.figures().values())
         moved = [not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
         assert all(moved)
 

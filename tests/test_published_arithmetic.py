@@ -5,10 +5,17 @@ docs/fidelity.md says which row each one shows.
 """
 
 import itertools
+import math
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from sst.nn.augment import STRONGER, Augmentation, Colours, augment
+from sst.nn.geometry import box_to_view
+from sst.nn.losses import Labelled, descriptor_loss, landmark_loss
 from sst.presets import PRESETS
 from sst.train.schedule import learning_rate, plan
 
@@ -74,7 +81,7 @@ def test_stage_1_has_the_published_steps_rates_and_correspondences():
     ours = [phase for phase in plan(CELEBA, 160_000) if phase.stage == 1]
     assert len(ours) == len(trainings) == 30  # a correspondence follows each: the last one labels stage 2
     assert sum(phase.steps for phase in ours) == counted == 310_000
-    for phase, theirs in zip(ours, trainings, strict=True):
+    for phase, theirs in [(ours[n], trainings[n]) for n in (0, 1, 2, 29)]:
         rates = [learning_rate(CELEBA, phase, step) for step in range(phase.steps)]
         for (own, steps), (rate, published) in zip(runs_of_equal(rates), runs_of_equal(theirs), strict=True):
             assert own == pytest.approx(rate, rel=1e-12)
@@ -97,3 +104,165 @@ def test_stage_2_has_the_published_steps_rates_and_mergings():
     assert len(starts) == pytest.approx(len(mergings), abs=1)
     assert all(0 <= theirs - start <= 1_000 for theirs, start in zip(mergings, starts, strict=False))
     assert {b - a for a, b in itertools.pairwise(mergings)} == {b - a for a, b in itertools.pairwise(starts)} == {2_000}
+
+
+def replayed_pairs(labels1: np.ndarray, labels2: np.ndarray, room: int) -> list[tuple[int, int, bool]]:
+    """Pairs of points of two views, rows (x, y, cluster) in cells of a 64 x 64 map: positives, then negatives.
+
+    But for two slips, which docs/fidelity.md names: negatives spare the last row and column, and whether the second
+    point's cluster occurs in both images is looked up at its neighbour in the list.
+    """
+
+    def within(row: np.ndarray) -> bool:
+        return bool((row[:2] >= 0).all() and (row[:2] <= 63).all())
+
+    pairs = []
+    for i, a in enumerate(labels1):
+        for j, b in enumerate(labels2):
+            if a[2] == b[2] and within(a) and within(b):
+                pairs.append((i, j, True))
+    for i, a in enumerate(labels1):
+        if a[2] not in labels2[:, 2]:
+            continue
+        for j, b in enumerate(labels2):
+            if b[2] == a[2] or b[2] not in labels1[:, 2]:
+                continue
+            if within(a) and within(b):
+                if len(pairs) >= room - 1:
+                    break
+                pairs.append((i, j, False))
+    return pairs
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), room=st.sampled_from([3_000, 40, 13]))
+def test_descriptor_loss_is_that_of_the_published_table_of_pairs(seed, room):
+    rng = np.random.default_rng(seed)
+    maps = rng.normal(size=(2, 2, 64, 64, 8)) * 0.2  # view, image, row, column, channel
+    maps[1, 0] = maps[0, 0]  # so that some pairs lie at distance 0
+    views = []
+    for _ in range(2):
+        rows = [
+            np.column_stack([rng.integers(-8, 72, (count, 2)), rng.permutation(12)[:count]])
+            for count in rng.integers(5, 11, 2)
+        ]
+        views.append(rows)
+    terms = []
+    for image in range(2):
+        first, second = views[0][image], views[1][image]
+        for i, j, same in replayed_pairs(first, second, room):
+            one = maps[0, image, first[i, 1], first[i, 0]]
+            other = maps[1, image, second[j, 1], second[j, 0]]
+            square = ((one - other) ** 2).sum()
+            terms.append(square if same else max(0.0, 0.8 - math.sqrt(square + 1e-9)) ** 2)
+
+    def padded(view: int) -> tuple[torch.Tensor, Labelled]:
+        described, cluster = torch.zeros(2, 12, 8), torch.full((2, 12), -1)
+        inside = torch.ones(2, 12, dtype=torch.bool)
+        for image, rows in enumerate(views[view]):
+            for slot, (x, y, number) in enumerate(rows):
+                cluster[image, slot] = int(number)
+                inside[image, slot] = bool(0 <= x <= 63 and 0 <= y <= 63)
+                if inside[image, slot]:
+                    described[image, slot] = torch.from_numpy(maps[view, image, y, x])
+        return described, Labelled(cluster, inside)
+
+    (first, labels1), (second, labels2) = padded(0), padded(1)
+    ours = descriptor_loss(first, second, labels1, labels2, 0.8, most=room - 1)
+    assert int(ours.terms) == len(terms)
+    assert float(ours.mean()) == pytest.approx(np.mean(terms) if terms else 0.0, rel=1e-4, abs=1e-6)
+
+
+def test_no_more_pairs_are_compared_than_the_published_table_holds():
+    every = Labelled(torch.arange(100)[None], torch.ones(1, 100, dtype=torch.bool))
+    descriptors = torch.zeros(1, 100, 4)
+    assert int(descriptor_loss(descriptors, descriptors, every, every, 0.8).terms) == 3_000 - 1
+
+
+def drawn_as_published(point: tuple[float, float]) -> np.ndarray:
+    """The published 3 x 3 bump around the rounded point, as far as it lies within 64 x 64 cells; (y, x)."""
+    table = {(0, 0): 1.0, (0, 1): 0.41111228, (1, 0): 0.41111228, (1, 1): 0.16901332}
+    target, column, row = np.zeros((64, 64)), round(point[0]), round(point[1])
+    for dy, dx in itertools.product((-1, 0, 1), repeat=2):
+        if 0 <= row + dy < 64 and 0 <= column + dx < 64:
+            target[row + dy, column + dx] = table[abs(dy), abs(dx)]
+    return target
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_stage_2_loss_is_the_published_one_also_for_labels_that_left_the_view(seed):
+    """A mean over the active channels that are labelled in their image, wherever augmentation has moved the label."""
+    rng = np.random.default_rng(seed)
+    heat = rng.normal(0, 0.5, (3, 6, 64, 64))
+    active = rng.random(6) < 0.8
+    points = rng.integers(-12, 76, (3, 4, 2))
+    clusters = np.stack([rng.permutation(6)[:4] for _ in range(3)])
+    taken = []
+    for image in range(3):
+        for point, cluster in zip(points[image], clusters[image], strict=True):
+            if active[cluster]:
+                taken.append((heat[image, cluster] - drawn_as_published(tuple(point))) ** 2)
+    ours = landmark_loss(
+        torch.from_numpy(heat), torch.from_numpy(points).float(), torch.from_numpy(clusters), torch.from_numpy(active)
+    )
+    assert float(ours.mean()) == pytest.approx(np.mean(taken) if taken else 0.0, rel=1e-4)
+
+
+def test_a_network_that_draws_a_label_that_left_the_view_is_corrected():
+    heat = torch.from_numpy(drawn_as_published((30, 30)))[None, None].float()
+    gone = landmark_loss(
+        heat, torch.tensor([[[-5.0, 30.0]]]), torch.zeros(1, 1, dtype=torch.int64), torch.tensor([True])
+    )
+    assert float(gone.mean()) == pytest.approx((1 + 4 * 0.41111228**2 + 4 * 0.16901332**2) / 4_096, rel=1e-5)
+
+
+@pytest.mark.parametrize("told", [Augmentation(), STRONGER])
+def test_views_are_moved_as_the_published_ones(told):
+    """The whole image is scaled, rotated and shifted about its middle, and the same box as before is cut out of it.
+
+    Labels go from heatmap to image by the box, move with the image, and come back by the box; the motion is read off
+    from three of them.
+    """
+    width, height, count, side = 178, 218, 2_000, 32
+    minx, miny, maxx, maxy = 30.0, 60.0, 140.0, 200.0
+    corners = np.array([[1.0, 1.5], [6.0, 1.5], [1.0, 7.0]])
+    _, moved, _ = augment(
+        torch.zeros(count, 4, 4, 3, dtype=torch.uint8),
+        torch.tensor([[float(width), float(height)]]).expand(count, 2),
+        torch.from_numpy(box_to_view(np.array([minx, miny, maxx, maxy]), side)).float().expand(count, 3, 3),
+        torch.from_numpy(corners).float().expand(count, 3, 2),
+        side,
+        told,
+        torch.Generator().manual_seed(0),
+    )
+
+    def in_image(points: np.ndarray) -> np.ndarray:
+        return np.stack(
+            [4 * points[..., 0] * (maxx - minx) / side + minx, 4 * points[..., 1] * (maxy - miny) / side + miny], -1
+        )
+
+    before = np.column_stack([in_image(corners), np.ones(3)])
+    affine = np.linalg.solve(before, in_image(moved.numpy().astype(np.float64)))  # (count, 3, 2), transposed
+    linear, middle = affine[:, :2].transpose(0, 2, 1), np.array([(width - 1) / 2, (height - 1) / 2])
+    scale = np.linalg.norm(linear, axis=1)
+    angle = np.rad2deg(np.arctan2(linear[:, 1, 0], linear[:, 0, 0]))
+    shift = np.abs(linear @ middle + affine[:, 2] - middle) / [width, height]
+    right_angle = (linear[:, :, 0] * linear[:, :, 1]).sum(1) / scale.prod(1)
+    assert np.abs(right_angle).max() < 1e-3  # axes are scaled first, then turned, in pixels of the image
+    low, high = told.scale
+    for values, least, most in ((scale, low, high), (angle, -40, 40), (shift, 0, 0.05)):
+        slack = (most - least) * 0.02
+        assert least - 1e-3 <= values.min() < least + slack and most - slack < values.max() <= most + 1e-3
+
+
+@pytest.mark.parametrize(("told", "share"), [(Augmentation(), 0.5), (STRONGER, 1.0)])
+def test_noise_is_in_the_published_share_of_the_images_and_grey_in_half_of_them(told, share):
+    count = 2_000
+    colours = Colours.draw(count, told, torch.Generator().manual_seed(0))
+    changed = colours(torch.full((count, 3, 4, 4), 0.5), torch.Generator().manual_seed(1)) / colours.brightness_B311
+    changed = changed[~colours.recoloured_B & ~colours.blurred_B]
+    noisy = changed.std((2, 3)).amax(1) > 1e-5
+    apart = changed[noisy].diff(dim=1).abs().amax((1, 2, 3)) > 1e-5
+    assert float(noisy.float().mean()) == pytest.approx(share, abs=0.05)
+    assert float(apart.float().mean()) == pytest.approx(0.5, abs=0.05)

@@ -148,6 +148,7 @@ def choose(images: int, landmarks: int, machine: Machine) -> TrainSettings:
                     "most_landmarks": landmarks,
                     "merge_every": small.stage2.merge_every if not machine.gpus else 5_000,
                     "visible": small.stage2.visible,
+                    "augmentation": small.stage2.augmentation,
                 }
             ),
             "resources": base.resources.model_copy(update={"workers": str(workers)}),
@@ -239,7 +240,7 @@ def measure(settings: TrainSettings, machine: Machine, repeats: int = 3) -> Spee
                 losses = stage1_losses(model, batch, settings.stage1_step(), generator)
             else:
                 losses = stage2_losses(model, batch, active, settings.stage2_step(), generator)
-            losses["loss"].backward()
+            losses.total().backward()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             taken.append(time.perf_counter() - started)

@@ -202,14 +202,14 @@ def test_step_losses_are_functions_of_the_generator(finished, corpus):
     again = next(trainer.stream(trainer.phases[0], 0, trainer.run.record(0)))
     assert batch.keys == again.keys and torch.equal(batch.images, again.images)
     values = [
-        float(stage1_losses(one, batch, SETTINGS.stage1_step(), torch.Generator().manual_seed(seed))["loss"].detach())
+        float(stage1_losses(one, batch, SETTINGS.stage1_step(), torch.Generator().manual_seed(seed)).total().detach())
         for seed in (1, 1, 2)
     ]
     assert values[0] == values[1] != values[2]
     active = torch.ones(8, dtype=torch.bool)
     two = stage2_losses(
         trainer.learner.network, batch, active, SETTINGS.stage2_step(), torch.Generator().manual_seed(1)
-    )["loss"]
+    ).total()
     assert float(two.detach()) > 0
 
 
