@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from sst.nn.augment import STRONGER, Augmentation, Colours, augment
 from sst.nn.geometry import box_to_view
 from sst.nn.losses import Labelled, descriptor_loss, landmark_loss
+from sst.nn.suppression import decode_keypoints, unite
 from sst.presets import PRESETS
 from sst.train.schedule import learning_rate, plan
 
@@ -266,3 +267,47 @@ def test_noise_is_in_the_published_share_of_the_images_and_grey_in_half_of_them(
     apart = changed[noisy].diff(dim=1).abs().amax((1, 2, 3)) > 1e-5
     assert float(noisy.float().mean()) == pytest.approx(share, abs=0.05)
     assert float(apart.float().mean()) == pytest.approx(0.5, abs=0.05)
+
+
+def overlap(a: tuple[int, int], b: tuple[int, int]) -> float:
+    """Intersection over union of squares of half side 1."""
+    width, height = (max(0, min(p, q) + 1 - (max(p, q) - 1)) for p, q in zip(a, b, strict=True))
+    return width * height / (8 - width * height)
+
+
+def greedy(cells: list[tuple[int, int]], scores: list[float]) -> list[int]:
+    """From the highest score on, what overlaps one that stays by more than 0.01 falls; numbers in that order."""
+    kept: list[int] = []
+    for number in sorted(range(len(cells)), key=lambda n: -scores[n]):
+        if all(overlap(cells[number], cells[other]) <= 0.01 for other in kept):
+            kept.append(number)
+    return kept
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_points_of_a_round_are_those_of_the_published_suppressions(seed):
+    """Detector above 0.2, suppressed; then once more together with the previous labels, all of which score higher."""
+    rng = np.random.default_rng(seed)
+    heat = rng.random((2, 1, 12, 14)).astype(np.float32) * (rng.random((2, 1, 12, 14)) < 0.4)
+    labels = [rng.uniform(-0.4, [13.4, 11.4], (count, 2)).astype(np.float32) for count in rng.integers(0, 15, 2)]
+    padded = torch.full((2, 15, 2), torch.nan)
+    expected = []
+    for image, own in enumerate(labels):
+        padded[image, : len(own)] = torch.from_numpy(own)
+        cells = [(x, y) for y in range(12) for x in range(14) if heat[image, 0, y, x] > 0.2]
+        found = [cells[n] for n in greedy(cells, [float(heat[image, 0, y, x]) for x, y in cells])]
+        both = [(round(float(x)), round(float(y))) for x, y in own] + found
+        expected.append(sorted(both[n] for n in greedy(both, [0.2] * len(own) + [0.1] * len(found))))
+    image_M, found_M2, _ = decode_keypoints(torch.from_numpy(heat), 0.2)
+    image, united = unite(padded, image_M, found_M2, 12, 14)
+    assert image.tolist() == sorted(image.tolist())
+    assert [sorted(map(tuple, united[image == n].round().int().tolist())) for n in range(2)] == expected
+
+
+def test_previous_labels_keep_their_place_and_suppress_each_other():
+    previous = torch.tensor([[[2.4, 3.3], [3.4, 3.6], [8.0, 8.0], [torch.nan, torch.nan]]])
+    found = torch.tensor([[3.6, 2.2], [9.49, 8.0], [9.51, 8.0]])  # columns 4, 9 and 10
+    image, united = unite(previous, torch.zeros(3, dtype=torch.int64), found, 12, 12)
+    assert united.tolist() == [[pytest.approx(v) for v in row] for row in ([2.4, 3.3], [8, 8], [3.6, 2.2], [9.51, 8])]
+    assert image.tolist() == [0] * 4

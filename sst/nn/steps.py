@@ -246,7 +246,6 @@ def describe(
     *,
     input_size: int,
     threshold: float,
-    radius: float,
     precision: Precision,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keypoints of the detector united with the previous labels, and their descriptors (paper, section 3.2).
@@ -257,7 +256,6 @@ def describe(
         previous_BP2: previous labels in heatmap units, padded with NaN.
         input_size: side S of the view.
         threshold: detector confidence above which a keypoint is taken.
-        radius: half side of the squares within which a previous label beats a keypoint, in heatmap units.
         precision: see `sst.nn.precision`.
 
     Returns:
@@ -266,7 +264,7 @@ def describe(
     """
     heat, desc = keypoint_maps(model, batch, input_size, precision)
     image_M, found_M2, _ = decode_keypoints(heat, threshold)
-    image_N, points_N2 = unite(previous_BP2, image_M, found_M2, radius)
+    image_N, points_N2 = unite(previous_BP2, image_M, found_M2, *heat.shape[-2:])
     count_B = torch.bincount(image_N, minlength=len(previous_BP2))
     slot_N = torch.arange(len(image_N), device=image_N.device) - (count_B.cumsum(0) - count_B)[image_N]
     padded_BS2 = points_N2.new_zeros(len(count_B), max(1, int(count_B.max())), 2)
