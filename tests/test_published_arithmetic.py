@@ -13,6 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.merging import apply_merge, count_overlaps, merge_plan
+from cluster.shards import Labels
 from sst.nn.augment import STRONGER, Augmentation, Colours, augment
 from sst.nn.geometry import box_to_view
 from sst.nn.losses import Labelled, descriptor_loss, landmark_loss
@@ -311,3 +313,77 @@ def test_previous_labels_keep_their_place_and_suppress_each_other():
     image, united = unite(previous, torch.zeros(3, dtype=torch.int64), found, 12, 12)
     assert united.tolist() == [[pytest.approx(v) for v in row] for row in ([2.4, 3.3], [8, 8], [3.6, 2.2], [9.51, 8])]
     assert image.tolist() == [0] * 4
+
+
+Rows = list[tuple[float, float, int]]
+
+
+def replayed_merging(
+    peaks: np.ndarray, confidence: np.ndarray, labels: list[Rows], active: list[int]
+) -> tuple[list[int], list[Rows]]:
+    """The published merging: which channels stay active, and the labels of every image afterwards."""
+    clusters = peaks.shape[1]
+    population = [sum(cluster == k for rows in labels for _, _, cluster in rows) for k in range(clusters)]
+    sure = [[k for k in active if confidence[image, k] > 0.2] for image in range(len(peaks))]
+    confident = {k: sum(k in own for own in sure) for k in active}
+
+    def together(a: int, b: int) -> int:
+        return sum(
+            a in own and b in own and math.dist(peaks[image, a], peaks[image, b]) < 5.7
+            for image, own in enumerate(sure)
+        )
+
+    absorbed: dict[int, list[int]] = {}
+    for channel in sorted(active, key=lambda k: -population[k]):
+        for kept, members in absorbed.items():
+            if together(kept, channel) > 0.7 * min(confident[kept], confident[channel]):
+                members.append(channel)
+                break
+        else:
+            absorbed[channel] = []
+    after = []
+    for rows in labels:
+        for kept, members in absorbed.items():
+            if any(cluster in members for _, _, cluster in rows):
+                names = [cluster for _, _, cluster in rows if cluster in (*members, kept)]
+                biggest = max(names, key=lambda k: population[k])
+                rows = [row for row in rows if row[2] not in names or row[2] == biggest]
+                rows = [(x, y, kept if cluster == biggest else cluster) for x, y, cluster in rows]
+        after.append(rows)
+    return sorted(absorbed), after
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_merging_goes_by_labels_as_published(seed):
+    """Most labelled first, though other channels may be sure of themselves more often."""
+    rng = np.random.default_rng(seed)
+    images, clusters = 20, 6
+    # Peaks lie on the published grid of 4 px, around three places.
+    peaks = 4.0 * (rng.permutation(np.repeat([5, 20, 40], 2))[:, None] + rng.integers(0, 2, (images, clusters, 2)))
+    confidence = rng.choice([0.1, 0.6], (images, clusters), p=[0.2, 0.8])
+    wanted = rng.permutation(np.arange(4, 4 + 2 * clusters, 2))  # no two clusters have equally many labels
+    given_to = [rng.permutation(images)[:count] for count in wanted]
+    labels = [
+        [(float(x), float(y), k) for k in range(clusters) if image in given_to[k] for x, y in [rng.integers(0, 64, 2)]]
+        for image in range(images)
+    ]
+    active = sorted(rng.permutation(clusters)[: rng.integers(3, clusters + 1)].tolist())
+    stay, after = replayed_merging(peaks, confidence, labels, active)
+
+    is_active = np.isin(np.arange(clusters), active)
+    mapping = merge_plan(count_overlaps(peaks, np.where(is_active, confidence, 0.0)), wanted)
+    flat = [row for rows in labels for row in rows]
+    stored = Labels(
+        np.cumsum([0, *map(len, labels)]),
+        np.array([row[:2] for row in flat], np.float32),
+        np.array([row[2] for row in flat], np.int16),
+        np.zeros(len(flat), np.float32),
+    )
+    merged = apply_merge(stored, mapping, wanted)
+    assert np.flatnonzero(is_active & (mapping == np.arange(clusters))).tolist() == stay
+    for image, rows in enumerate(after):
+        points, names = merged.sample(image)
+        assert sorted((*map(float, point), int(name)) for point, name in zip(points, names, strict=True)) == sorted(
+            rows
+        )
