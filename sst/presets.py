@@ -81,6 +81,6 @@ PRESETS: dict[str, tuple[str, TrainSettings]] = {
             resources=ResourceSettings(checkpoint_steps=200),
         ),
     ),
-    "bbcpose": ("BBC Pose signers, published schedule", TrainSettings()),
+    "bbcpose": ("BBC Pose signers: the settings of celeba, as nothing was published for them", TrainSettings()),
 }
 """Name: what it is for, and its settings."""

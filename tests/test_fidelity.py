@@ -101,7 +101,6 @@ PUBLISHED = {
 DIFFERENT = {
     "celeba": {},
     "ls3d": {},
-    "bbcpose": {},
     "human36m": {("keypoints", "remove_background"): True, ("cluster", "clusters"): 250},
 }
 """What the published experiments change for a corpus."""

@@ -59,13 +59,11 @@ def replayed_stage_2(epoch_batches: int) -> tuple[list[float], list[int]]:
     optimizer.step()
     iteration, rates, mergings, epochs_to_wait = 0, [], [], 0
     while iteration < 80_000:
-        halves = 0
-        for _ in range(epoch_batches):
+        for half in range(epoch_batches):
             if iteration in (50_000, 65_000):
                 schedule.step()
                 iteration += 1
-            halves += 1
-            if halves % 2 == 0:
+            if half % 2 == 1:
                 rates.append(optimizer.param_groups[0]["lr"])
                 iteration += 1
         if iteration > 25_000:
