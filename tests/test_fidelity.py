@@ -264,8 +264,17 @@ def test_every_test_that_the_page_names_exists():
     page = Path("docs/fidelity.md").read_text("utf-8")
     named = re.findall(r"`(test_\w+)::(test_\w+)`", page)
     assert len(named) > 30
-    missing = [pair for pair in named if f"def {pair[1]}(" not in Path("tests", f"{pair[0]}.py").read_text("utf-8")]
+    files = {path.stem: path.read_text("utf-8") for path in Path("tests").rglob("test_*.py")}
+    missing = [(file, test) for file, test in named if f"def {test}(" not in files.get(file, "")]
     assert not missing
+
+
+def test_every_row_that_claims_to_be_equal_names_its_test():
+    rows = [
+        row.split(" | ") for row in Path("docs/fidelity.md").read_text("utf-8").splitlines() if row.startswith("| ")
+    ]
+    equal = [row for row in rows if len(row) == 4 and row[2].startswith("equal")]
+    assert len(equal) > 20 and all("`test_" in row[3] for row in equal)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ docs/fidelity.md says which row each one shows.
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ from hypothesis import strategies as st
 
 from cluster.merging import apply_merge, count_overlaps, merge_plan
 from cluster.shards import Labels
-from sst.nn.augment import STRONGER, Augmentation, Colours, augment
+from sst.nn.augment import STRONGER, Augmentation, Colours, augment, warp_images
 from sst.nn.geometry import box_to_view
-from sst.nn.losses import Labelled, descriptor_loss, landmark_loss
+from sst.nn.losses import Labelled, descriptor_loss, detector_loss, landmark_loss, landmark_target
+from sst.nn.network import LandmarkDetector, NetworkShape
+from sst.nn.steps import Stage2Step, random_batch, stage2_losses
 from sst.nn.suppression import decode_keypoints, unite
 from sst.presets import PRESETS
 from sst.train.schedule import learning_rate, plan
@@ -180,6 +183,24 @@ def test_no_more_pairs_are_compared_than_the_published_table_holds():
     assert int(descriptor_loss(descriptors, descriptors, every, every, 0.8).terms) == 3_000 - 1
 
 
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_detector_loss_is_the_published_one(seed):
+    """torch's own mean squared error of a batch, to maps with a 1 at the rounded place of each label in view."""
+    rng = np.random.default_rng(seed)
+    heat, points = rng.random((3, 1, 64, 64)), rng.uniform(-10, 74, (3, 15, 2)).astype(np.float32)
+    target = np.zeros_like(heat)
+    inside = torch.zeros(3, 15, dtype=torch.bool)
+    for image, label in itertools.product(range(3), range(15)):
+        column, row = (round(float(value)) for value in points[image, label])
+        if 0 <= column < 64 and 0 <= row < 64:
+            target[image, 0, row, column] = 1
+            inside[image, label] = True
+    theirs = torch.nn.MSELoss()(torch.from_numpy(heat), torch.from_numpy(target))
+    ours = detector_loss(torch.from_numpy(heat), torch.from_numpy(points), torch.where(inside, 3, -1)).mean()
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
+
+
 def drawn_as_published(point: tuple[float, float]) -> np.ndarray:
     """The published 3 x 3 bump around the rounded point, as far as it lies within 64 x 64 cells; (y, x)."""
     table = {(0, 0): 1.0, (0, 1): 0.41111228, (1, 0): 0.41111228, (1, 1): 0.16901332}
@@ -216,6 +237,24 @@ def test_a_network_that_draws_a_label_that_left_the_view_is_corrected():
         heat, torch.tensor([[[-5.0, 30.0]]]), torch.zeros(1, 1, dtype=torch.int64), torch.tensor([True])
     )
     assert float(gone.mean()) == pytest.approx((1 + 4 * 0.41111228**2 + 4 * 0.16901332**2) / 4_096, rel=1e-5)
+
+
+def test_a_step_of_stage_2_is_two_published_halves():
+    """Both halves' mean losses are sent back without a step between them; here they have equally many labels."""
+    network = LandmarkDetector(NetworkShape(width=16, depth=1, groups=2, descriptor_size=16), 6)
+    batch, active = random_batch(4, 32, 6), torch.ones(6, dtype=torch.bool)
+    batch = replace(batch, points=batch.points[:, :6], cluster=torch.arange(6).expand(4, 6))
+    still = Augmentation(0, 0.5, (1, 1), 0, 0, 0, (1, 1), 0, 0, scale=(1, 1), shift=0, rotation=0)
+    step = Stage2Step(32, "float32", augmentation=still)
+    stage2_losses(network, batch, active, step, torch.Generator()).total().backward()
+    ours = [weight.grad.clone() for weight in network.parameters()]
+    network.zero_grad()
+    views = warp_images(batch.images, batch.to_view, 32)
+    for half in (slice(2), slice(2, 4)):
+        targets = landmark_target(batch.points[half], batch.cluster[half], 6, 8, 8)[0]
+        torch.nn.MSELoss()(network(views[half]), targets).backward()
+    for mine, weight in zip(ours, network.parameters(), strict=True):
+        torch.testing.assert_close(mine, weight.grad, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("told", [Augmentation(), STRONGER])
