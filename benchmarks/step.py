@@ -96,9 +96,9 @@ def stepper(stage: int, variant: Variant, size: Size, images: int | None = None)
     def step() -> torch.Tensor:
         model.zero_grad()
         if stage == 1:
-            loss = stage1_losses(used, batch, sizes.stage1, generator)["loss"]
+            loss = stage1_losses(used, batch, sizes.stage1, generator).total()
         else:
-            loss = stage2_losses(used, batch, active, sizes.stage2, generator)["loss"]
+            loss = stage2_losses(used, batch, active, sizes.stage2, generator).total()
         loss.backward()
         update(5e-4)
         return loss.detach()

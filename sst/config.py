@@ -132,16 +132,17 @@ class Stage1Settings(Settings):
 
     warmup_iterations: Count = 20_000
     """Optimizer steps on the first labels; 0 skips stage 1 altogether."""
-    rounds: Count = 30
-    """Correspondence rounds, each followed by `round_iterations`."""
+    rounds: Count = 29
+    """Rounds of training after the warm-up, each on the labels of a new correspondence. One more correspondence gives
+    stage 2 its labels, which makes the 30 that were published."""
     round_iterations: Positive = 10_000
-    """Optimizer steps of a round: one cosine cycle."""
+    """Optimizer steps of a round: one cosine cycle. The warm-up keeps `learning_rate`."""
     pairs: Positive = 16
     """Pairs of views per step, over all workers."""
     learning_rate: Rate = 5e-4
     """Start of each cosine cycle."""
-    last_learning_rate: Rate = 5e-6
-    """End of each cosine cycle."""
+    floor_learning_rate: Rate = 5e-6
+    """What each cosine cycle falls towards; the next one begins before it gets there."""
     cosine_steps: Positive = 5
     """Steps in which the rate falls during a cycle."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5

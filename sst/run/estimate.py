@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cluster.kmeans import fit
+from cluster.kmeans import KMeansSettings, fit
 from cluster.outliers import outlier_scores
 from cluster.shards import Labels
 from sst.config import TrainSettings
@@ -230,7 +230,7 @@ def stage_seconds(
             if stage == 1
             else stage2_losses(trained, batch, active, settings.stage2_step(), generator)
         )
-        losses["loss"].backward()
+        losses.total().backward()
         update(1e-6)
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -281,7 +281,7 @@ def some_labels(images: int, settings: TrainSettings) -> Labels:
 def keypoint_seconds(settings: TrainSettings, corpus: Corpus) -> float:
     """Seconds of a core for the first keypoints of an image, outlier scores included."""
     shard = corpus.train[0]
-    detector, rng = generic_detector(settings.keypoints), np.random.default_rng(0)
+    detector, rng = generic_detector(settings.keypoints, settings.network.input_size), np.random.default_rng(0)
     reference = rng.normal(size=(settings.keypoints.outlier_reference, detector.descriptor_size)).astype(np.float32)
     samples = list(islice(read_shard(f"{corpus.url}/{shard.file}", shard.sha256), KEYPOINT_IMAGES))
     started = time.perf_counter()
@@ -297,5 +297,5 @@ def kmeans_seconds(settings: TrainSettings) -> float:
     rows = max(KMEANS_ROWS, 4 * settings.cluster.clusters)
     x = np.random.default_rng(0).normal(size=(rows, settings.network.descriptor_size)).astype(np.float32)
     started = time.perf_counter()
-    fit(x, settings.cluster.clusters, iterations=settings.cluster.iterations, backend="torch")
+    fit(x, KMeansSettings(settings.cluster.clusters, settings.cluster.iterations, backend="torch"))
     return (time.perf_counter() - started) / rows

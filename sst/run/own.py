@@ -112,6 +112,7 @@ def choose(images: int, landmarks: int, machine: Machine) -> TrainSettings:
             most_landmarks=landmarks,
             merge_every=small.stage2.merge_every if not machine.gpus else 5_000,
             visible=small.stage2.visible,
+            augmentation=small.stage2.augmentation,
         ),
     )
     settings = scaled(settings, share)

@@ -66,7 +66,7 @@ def train_run(
     """
     started = time.monotonic()
     settings = with_absolute_weights(settings)
-    generic_detector(settings.keypoints)
+    generic_detector(settings.keypoints, settings.network.input_size)
     check_local_cpus(settings.resources)
     corpus, run = open_corpus(storage.absolute(shards)), RunDirectory(storage.absolute(run_url))
     check_disk(settings, sum(shard.samples for shard in corpus.manifest.shards), run.url)

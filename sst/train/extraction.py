@@ -31,9 +31,6 @@ logger = logging.getLogger(__name__)
 BATCH = 64
 """Images per forward pass without gradients."""
 
-SUPPRESSION = 1.0
-"""Half side of the squares, in heatmap cells, within which a previous label beats a new keypoint."""
-
 
 def first_keypoints(
     corpus: str, shard: ShardInfo, detector: KeypointDetector, input_size: int, *, background: bool = False
@@ -136,7 +133,6 @@ def extract_descriptors(
             labels,
             input_size=input_size,
             threshold=threshold,
-            radius=SUPPRESSION,
             precision=precision,
         )
         for values, own in zip((counts, points, descriptors), found, strict=True):

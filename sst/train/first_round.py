@@ -150,7 +150,7 @@ def detect_shard(corpus: str, shard: ShardInfo, target: str, settings: TrainSett
     keypoints, inside = first_keypoints(
         corpus,
         shard,
-        generic_detector(settings.keypoints),
+        generic_detector(settings.keypoints, settings.network.input_size),
         settings.network.input_size,
         background=settings.keypoints.remove_background,
     )

@@ -133,12 +133,13 @@ class RoundMaker:
         shares = [reduce(add, own) for own in self.group.gather(overlaps) if own]
         if self.group.rank == 0:
             overlap = reduce(add, shares)
-            mapping = merge_plan(overlap, two.merge_share)
+            population_before = np.array(previous.population)
+            mapping = merge_plan(overlap, population_before, two.merge_share)
             url = self.run.round_url(number)
             shards = [shard.file for shard in self.corpus.train]
             counts = self.tools.run_on_shards(
                 merge_shard,
-                [(self.run, previous, s, labels_url(url, s), mapping, overlap.confident) for s in shards],
+                [(self.run, previous, s, labels_url(url, s), mapping, population_before) for s in shards],
             )
             population = np.sum([population for population, _ in counts], 0)
             active = np.array(previous.active) & (mapping == np.arange(len(mapping)))
@@ -253,10 +254,10 @@ def merge_shard(
     shard: str,
     target: str,
     mapping: np.ndarray,
-    confident: np.ndarray,
+    population: np.ndarray,
 ) -> tuple[np.ndarray, int]:
     """Writes a shard's merged labels; returns labels per cluster and the number of images."""
-    labels = apply_merge(run.labels(previous, shard), mapping, confident)
+    labels = apply_merge(run.labels(previous, shard), mapping, population)
     labels.save(target)
     return np.bincount(labels.cluster, minlength=len(mapping)), len(labels)
 

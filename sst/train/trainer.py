@@ -11,7 +11,7 @@ from functools import partial
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cluster import storage
 from sst.config import TrainSettings
@@ -21,7 +21,7 @@ from sst.errors import Stopped
 from sst.nn.network import DetectorDescriptor, LandmarkDetector
 from sst.nn.optimizer import Update
 from sst.nn.precision import Precision, laid_out, obstacle_to_compiling, uses_bf16
-from sst.nn.steps import Batch, stage1_losses, stage2_losses
+from sst.nn.steps import Batch, Losses, stage1_losses, stage2_losses
 from sst.train.checkpoint import latest_checkpoint, write_checkpoint
 from sst.train.meters import Meter, Skips
 from sst.train.rounds import RoundMaker
@@ -115,7 +115,6 @@ class Trainer:
         phase, learner, losses_of = self.phases[index], self.learner, self._losses_of(self.phases[index], record)
         generator = torch.Generator(self.group.device)
         learner.network.train()
-        share = self.group.share_of(phase.batch)
         meter = Meter(phase, self.group.world)
         stream = self.stream(phase, done, record) if done < phase.steps else iter(())
         for step in range(done, phase.steps):
@@ -125,12 +124,12 @@ class Trainer:
             generator.manual_seed(derived_seed(self.settings.seed, STEP_SEED, self.group.rank, global_step))
             learner.network.zero_grad()
             losses = losses_of(learner.with_gradients, batch, generator=generator)
-            # DDP takes the mean over the workers, each of which has the mean over its share of the batch.
-            (losses["loss"] * (share * self.group.world / phase.batch)).backward()
+            # DDP takes the mean over the workers, each of which has a summand of the loss of the whole batch.
+            (losses.total(self.group.total(losses.counts)) * self.group.world).backward()
             # DDP has averaged the gradients, so their norm, and what follows from it, is the same on all ranks.
             rate = learning_rate(self.settings, phase, step)
             norm, finite = learner.update(rate)
-            meter.add(losses | {"gradient_norm": norm})
+            meter.add(losses.figures() | {"gradient_norm": norm})
             self.skips.add(global_step, batch.keys, finite)
             last = step + 1 == phase.steps
             stop = (global_step + 1) % LOG_STEPS == 0 and self._stop_asked()
@@ -147,7 +146,7 @@ class Trainer:
         if reasons:
             self.tools.log({"kind": "undecodable", "samples": reasons})
 
-    def _losses_of(self, phase: Phase, record: RoundRecord) -> Callable[..., dict[str, Tensor]]:
+    def _losses_of(self, phase: Phase, record: RoundRecord) -> Callable[..., Losses]:
         """What a step of a phase computes of the network, a batch and a generator."""
         if phase.stage == 1:
             return partial(stage1_losses, step=self.settings.stage1_step())
