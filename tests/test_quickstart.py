@@ -33,7 +33,7 @@ def test_the_notebook_runs_from_a_folder_to_named_landmarks(tmp_path):
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     parameters.source = SMALLER.format(work=str(tmp_path))
     nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+        notebook, timeout=500, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
     ).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     text = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
