@@ -64,7 +64,7 @@ def parse(arguments: Sequence[str] | None, prog: str = "python -m jobs.train") -
 
 @exit_on_user_error()
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.train") -> None:
-    """Trains; mistakes exit with code 2, a failed run with 1, an interrupted one with 130."""
+    """Trains; mistakes exit with code 2, a failed run with 1, an unwell one with 4, an interrupted one with 130."""
     command = parse(arguments, prog)
     where = command.where
     check_kept(runs=where.runs, tracking=where.tracking)

@@ -146,7 +146,8 @@ class Stage1Settings(Settings):
     cosine_steps: Positive = 5
     """Steps in which the rate falls during a cycle."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
-    """Of RMSprop."""
+    """Added to the gradient, as published: where it outweighs a gradient, RMSprop makes full steps of it, and weights
+    vanish. Our own presets have none."""
     min_labels: Count = 9
     """Images with fewer labelled points are not used."""
     different_share: Share = Stage1Step.different_share
@@ -178,7 +179,8 @@ class Stage2Settings(Settings):
     milestones: tuple[Count, ...] = (50_000, 65_000)
     """Steps after which the learning rate falls to a tenth."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
-    """Of RMSprop."""
+    """Added to the gradient, as published: where it outweighs a gradient, RMSprop makes full steps of it, and weights
+    vanish. Our own presets have none."""
     min_population: Count = 500
     """Clusters with this many labelled points or fewer are inactive."""
     merge_after: Count = 25_000
@@ -232,6 +234,9 @@ class ResourceSettings(Settings):
     """Lost workers that a run survives before it gives up; submit it again to go on."""
     checkpoint_steps: Positive = 1_000
     """Optimizer steps between two checkpoints inside a phase."""
+    stop_when_unwell: Annotated[bool, tyro.conf.arg(aliases=("--stop-when-unwell",))] = False
+    """End the run after a checkpoint, with exit code 4, at a sign that it comes to nothing, not only warn. The
+    same command without this goes on."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

@@ -179,3 +179,18 @@ def landmark_loss(heat_BKHW: Tensor, points_BN2: Tensor, cluster_BN: Tensor, act
     used_BK = labelled & active_K
     error_BK = (heat_BKHW.float() - target).square().mean((-2, -1))
     return Sum((error_BK * used_BK).sum(), used_BK.sum())
+
+
+@torch.no_grad()
+def landmark_levels(heat_BKHW: Tensor, points_BN2: Tensor, cluster_BN: Tensor, active_K: Tensor) -> dict[str, Tensor]:
+    """What tells a network that learns landmarks from one that has learnt to draw nothing.
+
+    Returns:
+        Over the channels that `landmark_loss` takes: "peak", the mean height of their maxima, and "all_zero", the loss
+        that a map of zeros would have. Scalars.
+    """
+    target, labelled = landmark_target(points_BN2, cluster_BN, *heat_BKHW.shape[1:])
+    used_BK = labelled & active_K
+    count = used_BK.sum().clamp_min(1)
+    peak_BK, zero_BK = heat_BKHW.float().amax((-2, -1)), target.square().mean((-2, -1))
+    return {"peak": (peak_BK * used_BK).sum() / count, "all_zero": (zero_BK * used_BK).sum() / count}

@@ -3,7 +3,8 @@
 Needs torch and numpy alone, like all that it calls.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from sst.nn.losses import (
     Sum,
     descriptor_loss,
     detector_loss,
+    landmark_levels,
     landmark_loss,
     sample_descriptors,
 )
@@ -123,11 +125,13 @@ class Losses:
         parts: sums and counts by name.
         weights: factor of each part's mean.
         scale: factor of the whole.
+        seen: scalars that tell how it goes and that nothing is learnt from.
     """
 
     parts: dict[str, Sum]
     weights: dict[str, float]
     scale: float = 1.0
+    seen: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def counts(self) -> Tensor:
@@ -145,10 +149,10 @@ class Losses:
         return self.scale * torch.stack([each / count for each, count in zip(weighted, whole, strict=True)]).sum()
 
     def figures(self) -> dict[str, Tensor]:
-        """The loss without its scale, and its parts where there are more, as means over this share alone."""
+        """The loss without its scale, its parts where there are more, and what was seen, of this share alone."""
         means = {name: part.mean() for name, part in self.parts.items()}
         loss = torch.stack([self.weights[name] * mean for name, mean in means.items()]).sum()
-        return {"loss": loss} | (means if len(means) > 1 else {})
+        return {"loss": loss} | (means if len(means) > 1 else {}) | dict(self.seen)
 
 
 def stage1_losses(model: nn.Module, batch: Batch, step: Stage1Step, generator: torch.Generator) -> Losses:
@@ -186,7 +190,8 @@ def stage1_losses(model: nn.Module, batch: Batch, step: Stage1Step, generator: t
         "detector": Sum(detector.sum(), torch.full_like(detector[0], count)),
         "descriptor": descriptor_loss(at_points[:count], at_points[count:], one_view, other_view, step.margin),
     }
-    return Losses(parts, {"detector": step.detector_weight, "descriptor": step.descriptor_weight})
+    weights = {"detector": step.detector_weight, "descriptor": step.descriptor_weight}
+    return Losses(parts, weights, seen={"peak": heat.detach().float().amax((-2, -1)).mean()})
 
 
 def stage2_losses(
@@ -208,6 +213,9 @@ def stage2_losses(
         step: what it needs to know.
         generator: source of randomness on the batch's device.
         partner_K: partner of every cluster in mirrored images; some images are then mirrored (beyond the paper).
+
+    Returns:
+        "loss" to minimise, and what `landmark_levels` gives; scalars.
     """
     to_view, points, cluster = batch.to_view, batch.points, batch.cluster
     if partner_K is not None:
@@ -225,7 +233,7 @@ def stage2_losses(
     with autocast(batch.images.device, step.precision):
         heat = model(views)
     parts = {"landmarks": landmark_loss(heat, points, cluster, active_K)}
-    return Losses(parts, {"landmarks": 1.0}, STAGE2_SCALE)
+    return Losses(parts, {"landmarks": 1.0}, STAGE2_SCALE, landmark_levels(heat, points, cluster, active_K))
 
 
 def keypoint_maps(

@@ -19,9 +19,11 @@ from cluster.dispatch import RayMap
 from cluster.kmeans import KMeansResult, KMeansSettings
 from sst.config import ResourceSettings, TrainSettings
 from sst.environment import RAY_ENVIRONMENT, set_environment, usable_cpus
-from sst.errors import RunFailedError, Stopped, UserError
+from sst.errors import RunFailedError, Stopped, UnwellError, UserError
 from sst.run.interrupt import StopFlag, run_stoppably
+from sst.run.metrics import MetricsReader
 from sst.run.placement import Machine
+from sst.train.run_directory import RunDirectory
 from sst.train.tools import Tools
 
 TASK_CPUS = 0.05
@@ -172,6 +174,7 @@ def train_on_workers(settings: TrainSettings, corpus_url: str, run_url: str, act
     Raises:
         KeyboardInterrupt: after Ctrl-C or SIGTERM, when the workers have saved and ended; see `sst.run.interrupt`.
         RunFailedError: if more workers were lost than `max_failures`, or a worker raised; the message is its own.
+        UnwellError: if the run ended itself at a sign that it comes to nothing.
     """
     import ray.train
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -202,6 +205,19 @@ def train_on_workers(settings: TrainSettings, corpus_url: str, run_url: str, act
         run_stoppably(trainer.fit, StopFlag(run_url))
     except ray.train.TrainingFailedError as error:
         raise RunFailedError(str(error)) from None
+    if not RunDirectory(run_url).has_model() and (said := why_unwell(run_url)):
+        raise UnwellError(said)
+
+
+def why_unwell(run_url: str) -> str | None:
+    """The last sign for which a run may have ended itself, with what to do about it."""
+    lines = [line for line in MetricsReader(run_url).new_lines() if line["kind"] == "health" and line["ends"]]
+    if not lines:
+        return None
+    return (
+        f"{lines[-1]['text']} {lines[-1]['advice']} The same command without --stop-when-unwell goes on from the last "
+        "checkpoint; with other settings take another --name."
+    )
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
@@ -215,7 +231,6 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     from sst.nn.precision import keep_freed_memory
     from sst.run.metrics import MetricsFile
     from sst.train.finish import Finisher
-    from sst.train.run_directory import RunDirectory
     from sst.train.trainer import Trainer
     from sst.train.workers import Group
 

@@ -108,6 +108,7 @@ def choose(images: int, landmarks: int, machine: Machine) -> TrainSettings:
             round_iterations=base.stage1.round_iterations,
         ),
         stage2=base.stage2.changed(
+            weight_decay=small.stage2.weight_decay,
             min_population=population,
             most_landmarks=landmarks,
             merge_every=small.stage2.merge_every if not machine.gpus else 5_000,
@@ -164,6 +165,9 @@ class OwnCommand(BaseModel):
     """How long it may take from the first keypoints to the report, 5 or more; by default as long as the schedule takes.
     Packing, and measuring how fast the machine is, come before that."""
     where: WithRuns = RunOptions()
+    stop_when_unwell: bool = False
+    """End the run after a checkpoint, with exit code 4, at a sign that it comes to nothing, not only warn. The
+    same command without this goes on."""
 
 
 def train_own(command: OwnCommand) -> Outcome:
@@ -196,6 +200,8 @@ def train_own(command: OwnCommand) -> Outcome:
         settings = own_settings(command, open_corpus(shards), run_url)
         storage.write_json(told_url, {"told": told, "settings": settings.model_dump(mode="json")})
     settings = TrainSettings.model_validate(storage.read_json(told_url)["settings"])
+    resources = settings.resources.changed(stop_when_unwell=command.stop_when_unwell)
+    settings = settings.changed(resources=resources)
     return train_run(settings, shards, run_url, command.where.tracked_as(name))
 
 

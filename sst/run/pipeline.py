@@ -15,6 +15,7 @@ from sst.config import TrainSettings
 from sst.data.corpus import Corpus, open_corpus
 from sst.errors import UserError
 from sst.predict.export import as_onnx, exported_program, mlflow_files
+from sst.report.advice import seen_on_the_way
 from sst.report.finish import Outcome, finish_run
 from sst.report.pictures import draw_round
 from sst.run.claim import as_begun, claim, with_absolute_weights
@@ -113,7 +114,8 @@ def tracked_run(
                 raise UserError(str(error)) from error
             if not run.has_model():
                 train_on_workers(settings, corpus.url, run.url, beside_workers(actor, settings, gpu), gpu)
-        outcome = finish_run(run, corpus, settings, time.monotonic() - started)
+        unwell = seen_on_the_way(MetricsReader(run.url).new_lines())
+        outcome = finish_run(run, corpus, settings, time.monotonic() - started, unwell)
         tracker.log(outcome.metrics, 0)
         tracker.log_files(outcome.pictures | {"report.html": storage.read_bytes(outcome.report)})
         track_model(run, tracker, tracking.register)
@@ -164,6 +166,8 @@ def showing(run: RunDirectory, settings: TrainSettings, corpus: Corpus, tracker:
             show.line(line)
             if line["kind"] == "round":
                 drawing.submit(draw, line["round"])
+            elif line["kind"] == "health":
+                tracker.log_tags({f"unwell/{line['sign']}": line["text"]})
 
     def watch() -> None:
         while not stop.wait(POLL_SECONDS):

@@ -3,7 +3,7 @@
 import logging
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,9 +86,18 @@ class Meter:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, torch.zeros((), device=value.device)) + value.detach()
 
-    def line(self, step: int, phase_step: int) -> dict[str, Any]:
-        """The metrics since the last line, which starts a new one."""
+    def line(self, step: int, phase_step: int, present: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """The metrics since the last line, which starts a new one.
+
+        Args:
+            step: optimizer steps of the run.
+            phase_step: of the phase.
+            present: scalars of this moment, beside the means over the steps.
+        """
         means = {name: float(total) / self.steps for name, total in self.sums.items()}
+        means |= {name: float(value) for name, value in (present or {}).items()}
+        if all_zero := means.pop("all_zero", 0.0):
+            means["loss_of_all_zero"] = means["loss"] / all_zero
         now = time.monotonic()  # after the device was waited for, which is part of the steps
         seconds = now - self.since
         speed = {

@@ -39,6 +39,7 @@ from sst.train.extraction import (
     predict_shard,
     shard_symmetry,
 )
+from sst.train.health import kept_shares
 from sst.train.run_directory import RoundRecord, RunDirectory
 from sst.train.schedule import derived_seed
 from sst.train.tools import Tools
@@ -90,6 +91,8 @@ class RoundMaker:
                 self._equivariance(called, found),
                 self._persistence(previous, found.thresholds, number),
             )
+            figures = correspondence_figures(found)
+            earlier = [each.figures for each in self.run.records() if each.kind == "correspondence"]
             seconds = {"extract": extracted - started} | found.seconds
             record = RoundRecord(
                 number=number,
@@ -102,7 +105,11 @@ class RoundMaker:
                 thresholds=found.thresholds.tolist(),
                 active=(found.population > self.settings.stage2.min_population).tolist(),
                 population=found.population.tolist(),
-                figures=correspondence_figures(found) | {"unusable_descriptors": dropped} | found_again | moved,
+                figures=figures
+                | kept_shares(figures, earlier)
+                | {"unusable_descriptors": dropped}
+                | found_again
+                | moved,
                 seconds=seconds | {"figures": time.monotonic() - started - sum(seconds.values())},
             )
             self.run.finish_round(record, found.kmeans.centroids)

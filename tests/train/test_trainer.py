@@ -77,7 +77,11 @@ def test_a_run_leaves_all_its_rounds_a_model_and_predictions(finished):
         arrays = np.load(folder / "predictions" / shard.file.replace(".tar", ".npz"))
         assert arrays["points"].shape == (shard.samples, len(known.clusters), 2)
     assert {line["kind"] for line in lines} == {"arithmetic", "shards", "step", "round"}
-    assert all(np.isfinite(line["loss"]) for line in lines if line["kind"] == "step")
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert all(np.isfinite(line["loss"]) for line in steps)
+    assert all(0 <= line["decay_share"] <= 1 and line["dead_scales"] == 0 and line["peak"] > 0 for line in steps)
+    assert all(("loss_of_all_zero" in line) == (line["stage"] == 2) for line in steps)
+    assert all("labels_kept" in record.figures for record in records[2:4])
     assert not list(folder.rglob("*.tmp"))
 
 
