@@ -262,5 +262,5 @@ def kept_shares(figures: Mapping[str, float], before: Iterable[Mapping[str, floa
 @torch.no_grad()
 def dead_scales(network: nn.Module) -> Tensor:
     """Share of the scales of a network's group normalisations that are below `DEAD_SCALE`; a scalar on its device."""
-    scales = [module.weight for module in network.modules() if isinstance(module, nn.GroupNorm)]
+    scales: list[Tensor] = [module.weight for module in network.modules() if isinstance(module, nn.GroupNorm)]
     return (torch.cat(scales).abs() < DEAD_SCALE).float().mean()
