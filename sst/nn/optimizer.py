@@ -81,5 +81,6 @@ class Update:
         """Share of the weights in which the decay outweighs the gradient; a scalar on the device."""
         group = self._optimizer.param_groups[0]
         weights = [weight for weight in group["params"] if weight.grad is not None]
-        more = [(weight.detach().abs() * group["weight_decay"] > weight.grad.abs()).sum() for weight in weights]
-        return torch.stack(more).sum() / sum(weight.numel() for weight in weights)
+        decay = float(group["weight_decay"])
+        more = [(weight.detach().abs() * decay > weight.grad.abs()).sum() for weight in weights]
+        return torch.stack(more).sum() / float(sum(weight.numel() for weight in weights))

@@ -206,9 +206,9 @@ def test_a_run_whose_clusters_die_ends_after_a_checkpoint_and_goes_on_without_th
     lines: list[dict] = []
     sound, settings = local_tools(lines), SETTINGS.changed(stage1=SETTINGS.stage1.changed(min_labels=1))
 
-    def dying(sample, start, seed, clusters) -> KMeansResult:
+    def dying(sample, asked) -> KMeansResult:
         """All centroids but one far from any descriptor, as stale ones are after descriptors have turned."""
-        found = sound.fit(sample, start, seed, clusters)
+        found = sound.fit(sample, asked)
         if len(RunDirectory(str(tmp_path)).records()) < 2:
             return found
         centroids = found.centroids.copy()
