@@ -418,7 +418,7 @@ class Command:
             out=self.out,
             images=self.images,
             gpus=torch.cuda.device_count() if full else 0,
-            scale=scale_of(256 if full else NARROW, full),
+            scale=scale_of(256 if full else NARROW, full, IMAGES_SHARE * minutes),
             minutes=minutes,
             deadline=time.monotonic() + 60 * minutes,
             more=tuple(more),
