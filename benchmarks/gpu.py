@@ -297,7 +297,7 @@ def pool_by_ray(members: int, gpus: float, rows: int, width: int, clusters: int)
 
     from cluster.actor import KMeansActor, KMeansSettings, start_actor
 
-    ray.init("local", num_cpus=members, log_to_driver=False, include_dashboard=False)
+    ray.init("local", num_cpus=members, log_to_driver=False)
     settings = KMeansSettings(clusters, seed=0, backend="cuml" if gpus else "torch")
     with tempfile.TemporaryDirectory() as folder:
         sample = saved_sample(folder, clustered_rows(rows, width, clusters))
