@@ -30,7 +30,7 @@ def main() -> None:
     ones, colours = torch.ones(told.images, device=device), augment.Colours.draw(told.images, ranges, generator)
     work = {
         "all": lambda: augment.augment(
-            batch.images, batch.to_view, batch.points, batch.cluster, side, ranges, generator
+            batch.images, batch.stored, batch.to_view, batch.points, side, ranges, generator
         ),
         "warp": lambda: augment.warp_images(batch.images, batch.to_view, side),
         "blur, contrast, noise, brightness, colour": lambda: colours(views, generator),

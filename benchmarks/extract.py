@@ -21,9 +21,6 @@ from sst.nn.suppression import decode_keypoints, unite
 POINTS = 30
 """Keypoints and previous labels of an image."""
 
-RADIUS = 1.0
-"""As in `sst.train.extraction.SUPPRESSION`."""
-
 
 def main() -> None:
     """Measures and prints."""
@@ -52,13 +49,11 @@ def main() -> None:
     work = {
         "all, and to the host": lambda: [
             part.cpu()
-            for part in describe(
-                model, batch, labels, input_size=side, threshold=threshold, radius=RADIUS, precision=told.precision
-            )
+            for part in describe(model, batch, labels, input_size=side, threshold=threshold, precision=told.precision)
         ],
         "views and forward pass": lambda: keypoint_maps(model, batch, side, told.precision),
         "suppression and decoding": lambda: decode_keypoints(heat, threshold),
-        "uniting with the previous labels": lambda: unite(labels, image, found, RADIUS),
+        "uniting with the previous labels": lambda: unite(labels, image, found, side // 4, side // 4),
         "sampling of descriptors": lambda: sample_descriptors(desc, padded),
         "descriptors to the host": lambda: described.cpu(),
     }

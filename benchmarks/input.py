@@ -24,7 +24,7 @@ from sst.data.loader import collate, decode_to_view
 from sst.data.shards import RawSample, SampleMeta
 from sst.nn import augment as augment_module
 from sst.nn.augment import Augmentation, augment
-from sst.nn.losses import detector_target, pair_masks
+from sst.nn.losses import Labelled, detector_target, pair_masks
 from sst.nn.steps import Batch
 
 CLUSTERS = 100
@@ -64,17 +64,18 @@ def main(pairs: int = 16, side: int = 256, points: int = 40, repeats: int = 7) -
 
     def views(batch: Batch, side: int) -> None:
         chosen = torch.cat([torch.arange(pairs), partner])
-        _, moved, own = augment(
+        _, moved, inside = augment(
             batch.images[chosen],
+            batch.stored[chosen],
             batch.to_view[chosen],
             batch.points[chosen],
-            batch.cluster[chosen],
             side,
             told,
             generator,
         )
-        detector_target(moved, own, side // 4, side // 4)
-        pair_masks(own[:pairs], own[pairs:])
+        own = batch.cluster[chosen]
+        detector_target(moved, torch.where(inside, own, -1), side // 4, side // 4)
+        pair_masks(Labelled(own[:pairs], inside[:pairs]), Labelled(own[pairs:], inside[pairs:]))
 
     partner = torch.where(torch.arange(pairs) % 2 == 0, torch.arange(pairs), (torch.arange(pairs) + 1) % pairs)
     labelled = [np.column_stack([4 * own, which]) for own, which in zip(places, cluster, strict=True)]

@@ -3,6 +3,9 @@
 Same rows, same start, the same most iterations, of which a method is spared those that would change nothing;
 the inertias must agree. Methods take turns, so that other work on the machine slows all of them. Needs torch and
 numpy alone.
+
+`--quality` measures instead how good our own start is, against ten fits by scikit-learn from its own, and whether
+descriptors in a narrow cone should be prepared: inertia, and agreement with the true groups.
 """
 
 import argparse
@@ -13,14 +16,29 @@ import numpy as np
 import torch
 
 from benchmarks.common import idle_share, machine, print_table, summed_up, wall_seconds
-from cluster import kmeans
+from cluster import lloyd, rapids
+from cluster.kmeans import KMeansSettings, column_variance, fit, solve
 
 Fit = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, int]]
 """From rows, start centroids and the most iterations to centroids and iterations taken."""
 
 
-def _ours(x: np.ndarray, start: np.ndarray, iterations: int, backend: kmeans.Backend) -> tuple[np.ndarray, int]:
-    result = kmeans.fit(x, len(start), start=start, iterations=iterations, tolerance=0.0, backend=backend)
+def _ours(x: np.ndarray, start: np.ndarray, iterations: int, backend: rapids.Backend) -> tuple[np.ndarray, int]:
+    rows = torch.from_numpy(x).to("cuda" if torch.cuda.is_available() else "cpu")
+    total, square = lloyd.moments(rows)
+    origin, by_cuml = total / len(x), None
+    if rapids.choose_backend(backend) == "cuml":
+        by_cuml = partial(rapids.fit_alone, rows)
+    result = solve(
+        lloyd.Rows(rows, torch.from_numpy(origin)).sums,
+        start,
+        origin,
+        column_variance(len(x), total, square),
+        KMeansSettings(len(start), iterations, tolerance=0.0),
+        np.random.default_rng(0),
+        by_cuml=by_cuml,
+        device=rows.device,
+    )
     return result.centroids, result.iterations
 
 
@@ -61,6 +79,59 @@ def inertia(x: np.ndarray, centroids: np.ndarray) -> float:
     return float(np.mean([torch.cdist(part, centres).amin(1).square().mean() for part in rows.split(10_000)]))
 
 
+def cone(groups: int, rows: int, width: int, inertia: float, between: float) -> tuple[np.ndarray, np.ndarray]:
+    """Unit rows about a common direction, as float16 keeps them, and their groups.
+
+    `inertia` is their squared distance to their mean, of which the share `between` lies between groups.
+    """
+    rng = np.random.default_rng(0)
+    directions = rng.normal(size=(groups + 1, width))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    group = rng.choice(groups, rows, p=rng.dirichlet(np.full(groups, 3.0)))
+    noise = rng.normal(size=(rows, width)) * np.sqrt(inertia * (1 - between) / width)
+    x = directions[-1] + np.sqrt(inertia * between) * directions[group] + noise
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    return x.astype(np.float16).astype(np.float32), group
+
+
+def centred(x: np.ndarray) -> np.ndarray:
+    """Less the mean."""
+    return (x - x.mean(axis=0, dtype=np.float64)).astype(np.float32)
+
+
+def centred_to_unit(x: np.ndarray) -> np.ndarray:
+    """Less the mean, and to length 1 again."""
+    away = centred(x)
+    return away / np.linalg.norm(away, axis=1, keepdims=True)
+
+
+def quality(rows: int, width: int, clusters: int) -> None:
+    """Prints how good starts are, and what preparing descriptors in a cone would do."""
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import adjusted_rand_score
+
+    table: list[tuple[str, ...]] = []
+    for spread, share, groups in [
+        *((spread, 0.7, clusters) for spread in (5e-3, 5e-4, 5e-5, 5e-6)),
+        *((5e-4, share, clusters) for share in (0.3, 0.5, 0.9)),
+        (5e-4, 0.7, 3 * clusters),
+    ]:
+        x, group = cone(groups, rows, width, spread, share)
+        best = min(float(KMeans(clusters, n_init=1, random_state=seed).fit(x).inertia_) for seed in range(10)) / rows
+        for name, prepare in (("as they are", np.asarray), ("less the mean", centred), ("to unit", centred_to_unit)):
+            prepared = prepare(x)
+            fits = [fit(prepared, KMeansSettings(clusters, seed=seed)) for seed in range(3)]
+            nearest = [torch.cdist(*map(torch.from_numpy, (prepared, one.centroids))).argmin(1) for one in fits]
+            agreed = [adjusted_rand_score(group, own.numpy()) for own in nearest]
+            means = [np.stack([x[own.numpy() == k].mean(0) for k in range(clusters)]) for own in nearest]
+            above = [100 * (inertia(x, own) / best - 1) for own in means]
+            table.append((
+                f"{spread:.0e}, {share:.0%}, {groups}", name, f"{min(above):+.2f} to {max(above):+.2f} %",
+                f"{min(agreed):.3f} to {max(agreed):.3f}", str(max(one.empty for one in fits)),
+            ))  # fmt: skip
+    print_table(("inertia, between groups, groups", "rows", "above best of ten", "agreement", "empty"), table)
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,11 +141,15 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=100, help="most Lloyd steps")
     parser.add_argument("--repeats", type=int, default=5, help="whose median counts, after one that warms up")
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0 for all")
+    parser.add_argument("--quality", action="store_true", help="of the start, instead of speed; wants scikit-learn")
     told = parser.parse_args()
     if told.threads:
         torch.set_num_threads(told.threads)
     sizes = f"{told.rows} x {told.width}, K = {told.clusters}, {told.iterations} iterations"
     print(machine(), f"idle before: {100 * idle_share():.0f} %", sizes, sep="; ")
+    if told.quality:
+        quality(told.rows, told.width, told.clusters)
+        return
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(3 * told.clusters, told.width)).astype(np.float32)
     x = centres[rng.integers(0, len(centres), told.rows)] + rng.standard_normal((told.rows, told.width), np.float32)
@@ -83,9 +158,9 @@ def main() -> None:
     rows: list[tuple[str, ...]] = []
     taken: dict[str, list[float]] = {}
     found: dict[str, tuple[np.ndarray, int]] = {}
-    for name, fit in METHODS.items():
+    for name, method in METHODS.items():
         try:
-            found[name], taken[name] = fit(x, start, told.iterations), []
+            found[name], taken[name] = method(x, start, told.iterations), []
         except (ImportError, RuntimeError) as error:
             rows.append((name, f"not here: {str(error)[:60]}", "", "", ""))
     for _ in range(told.repeats):

@@ -27,9 +27,9 @@ def rounds_of(run: Path) -> list[dict[str, float]]:
         steps = [line for line in lines if line["kind"] == "step" and before["time"] < line["time"] <= after["time"]]
         if not steps:
             continue  # a run that was interrupted here
-        pairs = json.loads((run / "settings.json").read_text())["settings"]["stage1"]["pairs"]
+        views = 2 * json.loads((run / "settings.json").read_text())["settings"]["stage1"]["pairs"]
         counted = [steps[0]["phase_step"], *(b["step"] - a["step"] for a, b in zip(steps[:-1], steps[1:], strict=True))]
-        lasted = [pairs * number / line["images_per_second"] for number, line in zip(counted, steps, strict=True)]
+        lasted = [views * number / line["images_per_second"] for number, line in zip(counted, steps, strict=True)]
         waited = sum(line["waiting_share"] * seconds for line, seconds in zip(steps, lasted, strict=True))
         parts = {name: after[f"{name}_seconds"] for name in CORRESPONDENCE}
         whole = after["time"] - before["time"]

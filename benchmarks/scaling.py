@@ -62,7 +62,7 @@ def worker(rank: int, world: int, joined: bool, pairs: int, steps: int, port: in
             sent = loopback_bytes()
         started = time.perf_counter()
         model.zero_grad()
-        stage1_losses(wrapped, batch, settings.stage1_step(), generator)["loss"].backward()
+        stage1_losses(wrapped, batch, settings.stage1_step(), generator).total().backward()
         taken.append(time.perf_counter() - started)
     dist.barrier()
     sent = loopback_bytes() - sent

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from sst.config import TrainSettings
 from sst.presets import PRESETS
-from sst.run.own import scaled
+from sst.run.estimate import scaled
 
 DEMO_MINUTES = 8.0
 """What the toy-cpu preset takes on two cores."""
@@ -57,7 +57,7 @@ def arguments(settings: TrainSettings, folder: Path, name: str) -> list[str]:
         "stage1.warmup-iterations": one.warmup_iterations, "stage1.rounds": one.rounds,
         "stage1.round-iterations": one.round_iterations, "stage2.iterations": two.iterations,
         "stage2.merge-after": two.merge_after, "stage2.merge-every": two.merge_every,
-        "resources.max-failures": 1_000, "resources.checkpoint-steps": 100,
+        "resources.max-failures": 1_000, "resources.checkpoint-steps": 100, "workers": 2,
     }  # fmt: skip
     words = [word for option, value in told.items() for word in (f"--{option}", str(value))]
     milestones = ["--stage2.milestones", *map(str, two.milestones)]

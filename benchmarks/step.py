@@ -1,6 +1,7 @@
 """How fast is a training step, and what does each way of computing it give? `python -m benchmarks.step`.
 
-Steps of both stages on random images: augmentation, network, losses, gradients, optimizer. Variants take turns: float32
+Steps of both stages on random images: augmentation, network, losses, gradients, optimizer. images/s are those that pass
+through the network, so both views of a pair count, as in the lines of `jobs.train`. Variants take turns: float32
 and bf16 (left out where it is emulated, unless asked for), contiguous and channels-last, with and without
 torch.compile. The share of the peak is that of the largest matrix product measured in the same run. At full size it
 also says how long the published schedule's steps would take. Needs torch and numpy alone.
@@ -95,9 +96,9 @@ def stepper(stage: int, variant: Variant, size: Size, images: int | None = None)
     def step() -> torch.Tensor:
         model.zero_grad()
         if stage == 1:
-            loss = stage1_losses(used, batch, sizes.stage1, generator)["loss"]
+            loss = stage1_losses(used, batch, sizes.stage1, generator).total()
         else:
-            loss = stage2_losses(used, batch, active, sizes.stage2, generator)["loss"]
+            loss = stage2_losses(used, batch, active, sizes.stage2, generator).total()
         loss.backward()
         update(5e-4)
         return loss.detach()

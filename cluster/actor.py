@@ -6,7 +6,6 @@ process reads the shards that it needs.
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,23 +13,14 @@ import numpy as np
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
 from cluster.assignment import NearestStatistics, assign_shard
-from cluster.kmeans import Backend, KMeansResult, choose_backend, fit
+from cluster.kmeans import KMeansResult, KMeansSettings, fit
+from cluster.matching import shared_labels
 from cluster.pool import PoolMember, fit_pool
-from cluster.shards import Descriptors, widened
+from cluster.rapids import Backend, CumlError, choose_backend, give_up, given_up
+from cluster.shards import Descriptors, Labels, widened
 
 POOL_ATTEMPTS = 4
 """How often a fit over several actors is begun, if one of them is lost each time."""
-
-
-@dataclass(frozen=True)
-class KMeansSettings:
-    """What a fit is told, besides its sample; see `cluster.kmeans.fit`."""
-
-    clusters: int
-    iterations: int = 100
-    tolerance: float = 1e-4
-    seed: int = 0
-    backend: Backend = "auto"
 
 
 class KMeansActor:
@@ -48,65 +38,49 @@ class KMeansActor:
         """What would compute: "cuml" or "torch", to be shown before the first fit."""
         if self._members == 1:
             return choose_backend(requested)
+        if requested == "auto" and given_up():
+            return "torch"
         import ray
 
         # This actor has no GPU then: a member must tell.
         task: Any = ray.remote(choose_backend)
-        return str(ray.get(task.options(num_gpus=self._member_gpus, num_cpus=0).remote(requested)))
+        return str(ray.get(task.options(num_gpus=self._member_gpus, num_cpus=0).remote(requested, several=True)))
 
-    def fit(
-        self,
-        sample: Sequence[tuple[str, np.ndarray]],
-        settings: KMeansSettings,
-        start: np.ndarray | None = None,
-    ) -> KMeansResult:
+    def fit(self, sample: Sequence[tuple[str, np.ndarray]], settings: KMeansSettings) -> KMeansResult:
         """Reads the sample, given as (descriptor shard, row indices) pairs, and clusters it.
 
         Args:
             sample: rows from `cluster.kmeans.sample_rows`.
             settings: of the fit.
-            start: centroids (K, D) to start from.
 
         Raises:
             ValueError: if the sample is empty or `cluster.kmeans.fit` refuses it.
         """
-        if self._members > 1:
-            return self._fit_pool(sample, settings, start)
-        return fit(
-            read_sample(sample),
-            settings.clusters,
-            iterations=settings.iterations,
-            tolerance=settings.tolerance,
-            seed=settings.seed,
-            start=start,
-            backend=settings.backend,
-        )
+        return self._fit_pool(sample, settings) if self._members > 1 else fit(read_sample(sample), settings)
 
-    def _fit_pool(
-        self, sample: Sequence[tuple[str, np.ndarray]], settings: KMeansSettings, start: np.ndarray | None
-    ) -> KMeansResult:
-        """Fits over actors that live as long as the fit; where one is lost, the fit begins again."""
+    def _fit_pool(self, sample: Sequence[tuple[str, np.ndarray]], settings: KMeansSettings) -> KMeansResult:
+        """Fits over actors that live as long as the fit; where one is lost or cuML fails, the fit begins again."""
         import ray
 
-        nccl = self.backend(settings.backend) == "cuml"
         actor: Any = ray.remote(SampleMember)
-        lost = retry_if_exception_type(ray.exceptions.RayActorError)
-        for attempt in Retrying(retry=lost, stop=stop_after_attempt(POOL_ATTEMPTS), reraise=True):
+        again: tuple[type[Exception], ...] = (ray.exceptions.RayActorError,)
+        if settings.backend == "auto":
+            again += (CumlError,)
+        for attempt in Retrying(
+            retry=retry_if_exception_type(again), stop=stop_after_attempt(POOL_ATTEMPTS), reraise=True
+        ):
             with attempt, ExitStack() as stack:
+                nccl = self.backend(settings.backend) == "cuml"
                 members = []
                 for part in even_parts(sample, self._members):
                     members.append(actor.options(num_gpus=self._member_gpus, num_cpus=0).remote(part))
                     stack.callback(ray.kill, members[-1])
-                return fit_pool(
-                    partial(_call_all, members),
-                    len(members),
-                    settings.clusters,
-                    iterations=settings.iterations,
-                    tolerance=settings.tolerance,
-                    seed=settings.seed,
-                    start=start,
-                    nccl=nccl,
-                )
+                try:
+                    return fit_pool(partial(_call_all, members), len(members), settings, nccl=nccl)
+                except CumlError as error:
+                    if settings.backend == "auto":
+                        give_up(str(error))  # the next attempt takes torch
+                    raise
         raise AssertionError("unreachable: the last attempt returns or raises")
 
 
@@ -174,13 +148,21 @@ def assign_shard_task(descriptors_url: str, labels_url: str, centroids_KD: np.nd
     return statistics
 
 
+def shared_labels_task(
+    descriptors_url: str, labels_url: str, threshold_K: np.ndarray, centroids_KD: np.ndarray, radius: float
+) -> np.ndarray:
+    """What one shard's new clusters share with its previous labels; see `cluster.matching.shared_labels`."""
+    previous = Labels.load(labels_url).below(threshold_K)
+    return shared_labels(previous, Descriptors.load(descriptors_url), centroids_KD, radius)
+
+
 def start_actor(*, num_gpus: float = 0, num_cpus: float = 1, members: int = 1) -> Any:
     """Starts the k-means actor on the running Ray cluster; with several members, each of them has the GPUs.
 
     A killed actor is restarted and its fit repeated. It ends with the process that started it.
 
     Returns:
-        The handle, which may be sent to other processes: `ray.get(handle.fit.remote(sample, settings, start))`.
+        The handle, which may be sent to other processes: `ray.get(handle.fit.remote(sample, settings))`.
     """
     import ray
 

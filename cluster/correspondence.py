@@ -13,16 +13,33 @@ from operator import add
 import numpy as np
 
 from cluster import storage
-from cluster.actor import assign_shard_task
+from cluster.actor import assign_shard_task, shared_labels_task
 from cluster.dispatch import ShardMap
 from cluster.kmeans import KMeansResult, sample_rows
+from cluster.matching import match_clusters
 from cluster.shards import Labels
 
 Sample = Sequence[tuple[str, np.ndarray]]
 """(descriptor shard URL, row numbers) pairs."""
 
-FitKMeans = Callable[[Sample, np.ndarray | None], KMeansResult]
-"""Fits centroids on a sample, from given start centroids or none."""
+FitKMeans = Callable[[Sample], KMeansResult]
+"""Fits centroids on a sample."""
+
+SAME_PLACE = 1.5
+"""Heatmap cells within which a point and a label of the round before are the same place: a neighbouring cell counts."""
+
+
+@dataclass(frozen=True)
+class PreviousLabels:
+    """A round whose clusters the next one's are to continue.
+
+    Attributes:
+        round_url: its directory.
+        thresholds: float32 (K,), by which its labels count.
+    """
+
+    round_url: str
+    thresholds: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -73,7 +90,7 @@ def correspond(
     *,
     sample: int,
     seed: int,
-    start: np.ndarray | None,
+    previous: PreviousLabels | None,
 ) -> Correspondence:
     """Clusters a round's descriptors and labels every image.
 
@@ -85,7 +102,7 @@ def correspond(
         run_on_shards: runs the assignment.
         sample: descriptors that k-means trains on.
         seed: of the sample.
-        start: centroids (K, D) of the previous round.
+        previous: the round before, of the same images, whose cluster numbers are carried over; or none.
 
     Raises:
         ValueError: if there are fewer distinct descriptors than clusters.
@@ -95,7 +112,22 @@ def correspond(
     shards, started = sorted(rows_per_shard), time.monotonic()
     rows = sample_rows([rows_per_shard[shard] for shard in shards], sample, seed)
     pairs = zip(shards, rows, strict=True)
-    kmeans = fit([(shard_url(descriptors, shard), chosen) for shard, chosen in pairs], start)
+    kmeans = fit([(shard_url(descriptors, shard), chosen) for shard, chosen in pairs])
+    if previous:
+        shared = run_on_shards(
+            shared_labels_task,
+            [
+                (
+                    shard_url(descriptors, s),
+                    labels_url(previous.round_url, s),
+                    previous.thresholds,
+                    kmeans.centroids,
+                    SAME_PLACE,
+                )
+                for s in shards
+            ],
+        )
+        kmeans = kmeans.renumbered(match_clusters(reduce(add, shared)))
     fitted = time.monotonic()
     statistics = run_on_shards(
         assign_shard_task,

@@ -49,11 +49,17 @@ def count_overlaps(
     return Overlap(sure_BK.sum(axis=0, dtype=np.int64), together_KK)
 
 
-def merge_plan(overlap: Overlap, share: float = 0.7) -> np.ndarray:
+def merge_plan(overlap: Overlap, population_K: np.ndarray, share: float = 0.7) -> np.ndarray:
     """Decides which channel absorbs which.
 
-    From the most to the least populated, a channel is absorbed by the first kept channel with which it lies
-    together in more than `share` of the images of the rarer of the two; otherwise it is kept.
+    From the most to the least populated, a channel is absorbed by the first kept channel with which it lies together in
+    more than `share` of the confident images of the rarer of the two; otherwise it is kept.
+
+    Args:
+        overlap: of all images.
+        population_K: labels of each cluster. Confident images are no substitute: they saturate, as a trained channel is
+            sure of itself almost everywhere.
+        share: see above.
 
     Returns:
         int64 (K,): for each cluster the kept cluster that it becomes, itself if kept.
@@ -63,7 +69,7 @@ def merge_plan(overlap: Overlap, share: float = 0.7) -> np.ndarray:
     count_K = overlap.confident
     mapping_K = np.arange(len(count_K))
     kept: list[int] = []
-    for cluster in np.argsort(-count_K, kind="stable"):
+    for cluster in np.argsort(-np.asarray(population_K), kind="stable"):
         needed = share * np.minimum(count_K[cluster], count_K[kept])
         absorbers = np.flatnonzero(overlap.together[cluster, kept] > needed)
         if len(absorbers):
@@ -73,18 +79,18 @@ def merge_plan(overlap: Overlap, share: float = 0.7) -> np.ndarray:
     return mapping_K
 
 
-def apply_merge(labels: Labels, mapping_K: np.ndarray, confident_counts_K: np.ndarray) -> Labels:
+def apply_merge(labels: Labels, mapping_K: np.ndarray, population_K: np.ndarray) -> Labels:
     """Renames absorbed clusters; of several with one name in an image the most populated one's point stays.
 
     Args:
         labels: of one shard.
         mapping_K: from `merge_plan`.
-        confident_counts_K: population of each cluster (`Overlap.confident`).
+        population_K: labels of each cluster over all shards, before the merging.
     """
     image_N = np.repeat(np.arange(len(labels)), np.diff(labels.offsets))
     merged_N = mapping_K[labels.cluster]
     # equal populations: the lower number is the more populated one, as in `merge_plan`
-    order = np.lexsort((labels.cluster, -confident_counts_K[labels.cluster], merged_N, image_N))
+    order = np.lexsort((labels.cluster, -population_K[labels.cluster], merged_N, image_N))
     first = np.ones(len(order), bool)
     first[1:] = (np.diff(image_N[order]) != 0) | (np.diff(merged_N[order]) != 0)
     stays_N = np.zeros(len(order), bool)

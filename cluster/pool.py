@@ -7,22 +7,16 @@ on GPUs, cuML does the same over NCCL. The result is that of `cluster.kmeans.fit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from operator import add
 from typing import Any
 
 import numpy as np
 import torch
 
-from cluster.kmeans import (
-    SEEDING_ROWS,
-    KMeansResult,
-    check_rows,
-    check_start,
-    count_broken,
-    distinct_rows,
-    means,
-    nearest_sums,
-    plus_plus,
-)
+from cluster import rapids
+from cluster.kmeans import KMeansResult, KMeansSettings, check_rows, column_variance, count_broken, solve
+from cluster.lloyd import Rows, Sums, moments
+from cluster.seeding import distinct_rows, find_start, seeding_rows
 
 Call = Callable[[str, Sequence[tuple[Any, ...]]], list[Any]]
 """Calls a method of every member, each with arguments of its own, and gives the results in the members' order."""
@@ -34,37 +28,17 @@ class PartFacts:
 
     Attributes:
         rows: their number.
-        width: D.
         broken: rows that are not finite.
         distinct: distinct rows, no more than were asked for.
         total: float64 (D,): sum of the rows.
-        square: float64 (D,): sum of their squares.
+        square: sum of all their squares.
     """
 
     rows: int
-    width: int
     broken: int
     distinct: set[bytes]
     total: np.ndarray
-    square: np.ndarray
-
-
-@dataclass(frozen=True)
-class PartSums:
-    """What a Lloyd step needs of a member's rows; members add up with `+`.
-
-    Attributes:
-        sums: float64 (K, D): sum of the rows nearest to each centroid.
-        counts: int64 (K,): their number.
-        total: squared distance of all rows to their nearest centroid, less the rows' own squares.
-    """
-
-    sums: torch.Tensor
-    counts: torch.Tensor
-    total: float
-
-    def __add__(self, other: "PartSums") -> "PartSums":
-        return PartSums(self.sums + other.sums, self.counts + other.counts, self.total + other.total)
+    square: float
 
 
 class PoolMember:
@@ -72,143 +46,79 @@ class PoolMember:
 
     def __init__(self, rows_ND: np.ndarray) -> None:
         """Takes the rows, any float type; computes in float32."""
-        self._rows = np.ascontiguousarray(rows_ND, dtype=np.float32)
-        self._x = torch.from_numpy(self._rows).to("cuda" if torch.cuda.is_available() else "cpu")
+        self._rows_ND = np.ascontiguousarray(rows_ND, dtype=np.float32)
+        self._x = torch.from_numpy(self._rows_ND).to("cuda" if torch.cuda.is_available() else "cpu")
+        self._rows: Rows | None = None
 
     def facts(self, enough: int) -> PartFacts:
         """What is known of the rows; distinct ones are sought no further than `enough`."""
-        rows = self._rows.astype(np.float64)
-        return PartFacts(
-            len(rows),
-            rows.shape[1],
-            count_broken(self._rows),
-            distinct_rows(self._rows, enough),
-            rows.sum(axis=0),
-            np.square(rows).sum(axis=0),
-        )
+        total_D, square = moments(self._x)
+        broken = 0 if np.isfinite(square) else count_broken(self._rows_ND)
+        return PartFacts(len(self._x), broken, distinct_rows(self._rows_ND, enough), total_D, square)
 
     def take(self, numbers: np.ndarray) -> np.ndarray:
         """Some of the rows."""
-        taken: np.ndarray = self._rows[numbers]
+        taken: np.ndarray = self._rows_ND[numbers]
         return taken
 
-    def sums(self, centroids_KD: np.ndarray) -> PartSums:
-        """This member's part of a Lloyd step."""
-        sums, counts, total = nearest_sums(self._x, torch.from_numpy(centroids_KD).to(self._x.device))
-        return PartSums(sums.cpu(), counts.cpu(), float(total))
+    def sums(self, centroids_KD: np.ndarray, origin_D: np.ndarray) -> Sums:
+        """This member's part of a Lloyd step, about the mean of all members' rows."""
+        if self._rows is None:
+            self._rows = Rows(self._x, torch.from_numpy(origin_D))
+        return self._rows.sums(torch.from_numpy(centroids_KD).to(self._x.device)).cpu()
 
-    def unique_id(self) -> bytes:
+    def group_id(self) -> bytes:
         """Names a new NCCL group, which all members then join."""
-        from raft_dask.common.nccl import nccl
+        return rapids.group_id()
 
-        return bytes(nccl.get_unique_id())
-
-    def fit_nccl(
-        self, group: bytes, rank: int, world: int, start_KD: np.ndarray, iterations: int, tolerance: float
-    ) -> tuple[np.ndarray, int]:
-        """Fits together with the other members by cuML over NCCL; every member returns the same (centroids, steps)."""
-        import cupy
-        from cuml.cluster.kmeans_mg import KMeansMG
-        from pylibraft.common.handle import Handle
-        from raft_dask.common.comms_utils import inject_comms_on_handle_coll_only
-        from raft_dask.common.nccl import nccl
-
-        communicator = nccl()
-        communicator.init(world, group, rank)
-        handle = Handle(n_streams=0)
-        inject_comms_on_handle_coll_only(handle, communicator, world, rank, True)
-        model = KMeansMG(
-            handle=handle,
-            n_clusters=len(start_KD),
-            max_iter=iterations,
-            tol=tolerance,
-            init=cupy.asarray(start_KD, dtype=cupy.float32),
-            n_init=1,
-            random_state=0,
-            output_type="numpy",
-        )
-        model.fit(cupy.asarray(self._rows))
-        return np.ascontiguousarray(model.cluster_centers_, dtype=np.float32), int(model.n_iter_)
+    def fit_together(self, *told: Any) -> tuple[np.ndarray, int]:
+        """Fits together with the other members; see `cluster.rapids.fit_together`."""
+        return rapids.fit_together(self._x, *told)
 
 
-def fit_pool(
-    call: Call,
-    members: int,
-    clusters: int,
-    *,
-    iterations: int = 100,
-    tolerance: float = 1e-4,
-    seed: int = 0,
-    start: np.ndarray | None = None,
-    nccl: bool = False,
-) -> KMeansResult:
+def fit_pool(call: Call, members: int, settings: KMeansSettings, *, nccl: bool = False) -> KMeansResult:
     """As `cluster.kmeans.fit`, over rows that the members hold.
 
     Args:
         call: reaches the members.
         members: their number.
-        clusters: K.
-        iterations: most Lloyd steps.
-        tolerance: as there.
-        seed: of the seeding.
-        start: centroids (K, D) to start from.
+        settings: of the fit.
         nccl: whether cuML fits over NCCL; else sums and counts are added up here.
 
     Raises:
         ValueError: as there.
+        CumlError: if cuML fails in a member; others may wait for it then, so that none of them can be asked again.
     """
+    clusters = settings.clusters
     facts: list[PartFacts] = call("facts", [(clusters,)] * members)
-    rows = [part.rows for part in facts]
+    rows = sum(part.rows for part in facts)
     distinct = set().union(*(part.distinct for part in facts))
-    check_rows(sum(rows), sum(part.broken for part in facts), min(len(distinct), clusters), clusters)
-    check_start(start, clusters, facts[0].width)
-    if start is None:
-        rng = np.random.default_rng(seed)
-        start = plus_plus(_seeding_rows(call, rows, clusters, rng), clusters, rng)
-    mean_D = np.sum([part.total for part in facts], axis=0) / sum(rows)
-    variance_D = np.sum([part.square for part in facts], axis=0) / sum(rows) - mean_D**2
-    small = tolerance * float(variance_D.mean())
+    check_rows(rows, sum(part.broken for part in facts), min(len(distinct), clusters), clusters)
+    rng = np.random.default_rng(settings.seed)
+    ends = np.cumsum([part.rows for part in facts])
 
-    centroids, steps = np.ascontiguousarray(start, dtype=np.float32), iterations
-    if nccl:
-        group = call("unique_id", [()] * members)[0]
-        told = [(group, rank, members, centroids, iterations, small) for rank in range(members)]
-        centroids, steps = call("fit_nccl", told)[0]
-    else:
-        for step in range(1, iterations + 1):
-            previous, centroids = centroids, _step(call, members, centroids)
-            if float(np.square(centroids - previous, dtype=np.float32).sum()) <= small:
-                steps = step
-                break
-    last: PartSums = reduce(PartSums.__add__, call("sums", [(centroids,)] * members))
-    return KMeansResult(
-        centroids=centroids,
-        inertia=max(0.0, last.total + float(np.sum([part.square for part in facts]))) / sum(rows),
-        counts=last.counts.numpy(),
-        iterations=steps,
-        backend="cuml" if nccl else "torch",
-        empty=int((last.counts == 0).sum()),
-    )
+    def take(numbers: np.ndarray) -> np.ndarray:
+        return np.concatenate(call("take", [(own,) for own in _split(numbers, ends)]))
 
+    def sums_at(centroids_KD: torch.Tensor) -> Sums:
+        parts: list[Sums] = call("sums", [(centroids_KD.numpy(), origin_D)] * members)
+        return reduce(add, parts)
 
-def _step(call: Call, members: int, centroids_KD: np.ndarray) -> np.ndarray:
-    found: PartSums = reduce(PartSums.__add__, call("sums", [(centroids_KD,)] * members))
-    return means(found.sums, found.counts, torch.from_numpy(centroids_KD)).numpy()
+    def by_cuml(*told: Any) -> tuple[np.ndarray, int]:
+        group = call("group_id", [()] * members)[0]
+        fitted: tuple[np.ndarray, int] = call(
+            "fit_together", [(*told, group, rank, members) for rank in range(members)]
+        )[0]
+        return fitted
 
-
-def _seeding_rows(call: Call, rows: list[int], clusters: int, rng: np.random.Generator) -> np.ndarray:
-    """The rows that k-means++ looks at, as `cluster.kmeans.seeding_rows` draws them; all where those are too alike."""
-    numbers = np.arange(sum(rows))
-    if len(numbers) > SEEDING_ROWS:
-        numbers = np.sort(rng.choice(len(numbers), SEEDING_ROWS, replace=False, shuffle=False))
-    ends = np.cumsum(rows)
-    drawn = [(own - (end - count),) for own, end, count in zip(_split(numbers, ends), ends, rows, strict=True)]
-    taken = np.concatenate(call("take", drawn))
-    if len(taken) < sum(rows) and len(distinct_rows(taken, clusters)) < clusters:
-        taken = np.concatenate(call("take", [(np.arange(count),) for count in rows]))
-    return taken
+    start_KD = find_start(seeding_rows(rows, take, clusters, rng), clusters, rng)
+    total_D = np.sum([part.total for part in facts], axis=0)
+    origin_D = total_D / rows
+    variance = column_variance(rows, total_D, sum(part.square for part in facts))
+    return solve(sums_at, start_KD, origin_D, variance, settings, rng, by_cuml=by_cuml if nccl else None)
 
 
 def _split(numbers: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
-    """Sorted row numbers by the member that has them."""
-    return np.split(numbers, np.searchsorted(numbers, ends)[:-1])
+    """Sorted row numbers by the member that has them, as that member counts."""
+    parts = np.split(numbers, np.searchsorted(numbers, ends)[:-1])
+    return [part - first for part, first in zip(parts, (0, *ends[:-1]), strict=True)]

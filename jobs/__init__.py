@@ -1,1 +1,1 @@
-"""One file per verb, each run as `python -m jobs.VERB`, by hand or through `ray job submit`."""
+"""One file per verb, run as `landmarks VERB`, or as `python -m jobs.VERB`, which `ray job submit` takes."""

@@ -1,7 +1,7 @@
-"""Compares runs: `python -m jobs.compare --experiment NAME`, or with names or ids of runs or sweeps.
+"""Puts runs side by side on one HTML page.
 
-Writes one HTML page with the settings that differ, the figures of the models and the curves, and makes it an artifact
-in MLflow.
+It shows the settings that differ, the figures of the models and their curves. Names or ids of runs or sweeps say which
+runs; by default all of an experiment. The page becomes an artifact in MLflow.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict
 
 from cluster import storage
 from sst.errors import exit_on_user_error
+from sst.run.options import TrackingOptions, WithTracking
 from sst.run.preflight import check_kept
-from sst.run.tracking import DEFAULT_URI
 from sst.tune.comparison import comparison_page, fetch_runs, track_page
 
 
@@ -24,28 +24,29 @@ class CompareCommand(BaseModel):
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Names or ids of runs; a sweep stands for its trials. All of the experiment's runs if none is given."""
-    experiment: str = "landmarks"
-    """MLflow experiment."""
-    tracking: str = DEFAULT_URI
-    """MLflow tracking URI; MLFLOW_TRACKING_URI gives another default."""
     out: str = "comparison.html"
     """File or URL of the page."""
     track: bool = True
     """Make the page an artifact in MLflow: of the sweep if all are its trials, else of a run named comparison."""
+    where: WithTracking = TrackingOptions()
+
+
+COMMAND = CompareCommand
 
 
 @exit_on_user_error()
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.compare") -> None:
     """Writes the page and says where it is; mistakes exit with code 2."""
-    command = tyro.cli(CompareCommand, prog="jobs.compare", description=__doc__, args=arguments)
-    check_kept(out=command.out, tracking=command.tracking)
-    runs = fetch_runs(command.tracking, command.experiment, command.runs)
-    title = ", ".join(command.runs) or command.experiment
+    command = tyro.cli(COMMAND, prog=prog, description=__doc__, args=arguments)
+    tracking, experiment = command.where.tracking, command.where.experiment
+    check_kept(out=command.out, tracking=tracking)
+    runs = fetch_runs(tracking, experiment, command.runs)
+    title = ", ".join(command.runs) or experiment
     page = comparison_page(f"Comparison of {title}", runs)
     storage.write_bytes(command.out, page.encode())
     print(f"comparison of {len(runs)} runs  {command.out}")
     if command.track:
-        run_id = track_page(command.tracking, command.experiment, runs, page)
+        run_id = track_page(tracking, experiment, runs, page)
         print(f"artifact comparison.html of MLflow run {run_id}")
 
 

@@ -1,4 +1,4 @@
-"""The main job on the embedded corpus of drawings, in ten to fifteen minutes on two cores: `python -m jobs.demo`."""
+"""Shows all of it on embedded drawings, in ten to fifteen minutes."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,9 @@ from sst.errors import exit_on_user_error
 from sst.presets import PRESETS
 from sst.report.evaluate_run import Run, evaluate_run
 from sst.run.console import print_outcome
+from sst.run.options import RunName, RunOptions, WithRuns
 from sst.run.pipeline import train_run
 from sst.run.preflight import check_kept
-from sst.run.tracking import DEFAULT_URI, Tracking
 
 
 class Demo(BaseModel):
@@ -22,33 +22,29 @@ class Demo(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    runs: str = "runs"
-    """Directory under which the demo's shards and run lie."""
-    name: str = "demo"
+    name: RunName = "demo"
     """Name of the run."""
     images: int = 2000
     """Number of drawings."""
-    tracking: str = DEFAULT_URI
-    """MLflow tracking URI; MLFLOW_TRACKING_URI gives another default."""
+    where: WithRuns = RunOptions()
+
+
+COMMAND = Demo
 
 
 @exit_on_user_error()
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.demo") -> None:
     """Runs the demo, or what is left of it."""
-    config = tyro.cli(Demo, prog="jobs.demo", description=__doc__, args=arguments)
-    check_kept(runs=config.runs, tracking=config.tracking)
-    shards = storage.join(config.runs, f"toy-{config.images}")
+    config = tyro.cli(COMMAND, prog=prog, description=__doc__, args=arguments)
+    where = config.where
+    check_kept(runs=where.runs, tracking=where.tracking)
+    shards = storage.join(where.runs, f"toy-{config.images}")
     if not storage.exists(storage.join(shards, MANIFEST)):
         pack_source(Toy(count=config.images, out=shards))
-    run_url = storage.join(config.runs, config.name)
-    outcome = train_run(
-        PRESETS["toy-cpu"][1],
-        shards,
-        run_url,
-        Tracking(config.tracking, "landmarks", config.name),
-    )
+    run_url = storage.join(where.runs, config.name)
+    outcome = train_run(PRESETS["toy-cpu"][1], shards, run_url, where.tracked_as(config.name))
     evaluate_run(Run(run=run_url))
-    print_outcome(outcome, config.tracking)
+    print_outcome(outcome, where.tracking)
 
 
 if __name__ == "__main__":

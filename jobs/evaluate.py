@@ -1,4 +1,7 @@
-"""Scores landmarks against annotations: a finished run beside its baselines, or predictions from anywhere."""
+"""Scores a run or predictions against annotations.
+
+A finished run is put beside its baselines; predictions may come from anywhere.
+"""
 
 from collections.abc import Sequence
 
@@ -12,11 +15,13 @@ from sst.report.evaluate_run import (
     evaluate_run,
 )
 
+COMMAND = Run | Predictions
+
 
 @exit_on_user_error()
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.evaluate") -> None:
     """Parses the command line and scores."""
-    config = tyro.cli(Run | Predictions, prog="jobs.evaluate", description=__doc__, args=arguments)
+    config = tyro.cli(COMMAND, prog=prog, description=__doc__, args=arguments)
     if isinstance(config, Run):
         evaluate_run(config)
     else:

@@ -1,4 +1,4 @@
-"""Writes a model for other programs: `python -m jobs.export MODEL --out DIR`.
+"""Writes a model as ONNX, torch.export and MLflow.
 
 DIR/model.onnx (onnxruntime, TensorRT, ...), DIR/model.pt2 (torch.export) and DIR/mlflow (`mlflow models serve`) take
 uint8 RGB images (B, H, W, 3) of any size and give landmarks in pixels of these images, and confidences.
@@ -53,10 +53,13 @@ def run(config: Export) -> None:
     print(f"serve it: {path} mlflow models serve -m {storage.join(config.out, 'mlflow')} --env-manager local")
 
 
+COMMAND = Export
+
+
 @exit_on_user_error()
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.export") -> None:
     """Parses the command line and exports; a mistake gives a message on stderr and exit code 2."""
-    run(tyro.cli(Export, prog="jobs.export", description=__doc__, args=arguments))
+    run(tyro.cli(COMMAND, prog=prog, description=__doc__, args=arguments))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Takes over a published checkpoint of either stage: `python -m jobs.import_checkpoint FILE.pth --out DIR`."""
+"""Reads a checkpoint that the paper's authors published, of either stage."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,10 +61,13 @@ def described(file: str, published: Published) -> list[str]:
     return lines
 
 
+COMMAND = ImportCheckpoint
+
+
 @exit_on_user_error()
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.import_checkpoint") -> None:
     """Parses the command line and imports; a mistake gives a message on stderr and exit code 2."""
-    config = tyro.cli(ImportCheckpoint, prog="jobs.import_checkpoint", description=__doc__, args=arguments)
+    config = tyro.cli(COMMAND, prog=prog, description=__doc__, args=arguments)
     run(config)
 
 

@@ -1,4 +1,4 @@
-"""Checks a corpus down to every image: `python -m jobs.validate DIR`.
+"""Checks packed shards down to every image.
 
 Exits with 1 if anything is wrong, and names it. Damaged shards are rebuilt by the jobs.pack command that wrote the
 corpus, with --repair added.
@@ -49,10 +49,13 @@ def run(config: Validate) -> bool:
     return False
 
 
+COMMAND = Validate
+
+
 @exit_on_user_error()
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.validate") -> None:
     """Parses the command line and checks; exits with 0, 1 if something is wrong, 2 for a mistake."""
-    if not run(tyro.cli(Validate, prog="jobs.validate", description=__doc__, args=arguments)):
+    if not run(tyro.cli(COMMAND, prog=prog, description=__doc__, args=arguments)):
         sys.exit(1)
 
 

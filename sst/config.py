@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import tyro
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from cluster.kmeans import KMeansSettings
 from sst.nn.augment import Augmentation
 from sst.nn.geometry import STRIDE
 from sst.nn.losses import DetectorTarget
@@ -118,8 +119,12 @@ class ClusterSettings(Settings):
     """cuml needs a GPU; torch runs anywhere; auto takes cuml where a GPU is, and says which it took."""
     actors: Positive = 1
     """Actors that share the sample of k-means, for samples past one GPU: over NCCL, or on CPUs by sums of each."""
-    warm_start: bool = True
-    """Start from the previous round's centroids, so that cluster identities persist."""
+    keep_identities: bool = True
+    """Carry cluster numbers over from round to round, by matching clusters on the labels that they share."""
+
+    def kmeans(self, seed: int) -> KMeansSettings:
+        """What a fit is told."""
+        return KMeansSettings(self.clusters, self.iterations, seed=seed, backend=self.backend)
 
 
 class Stage1Settings(Settings):
@@ -127,20 +132,22 @@ class Stage1Settings(Settings):
 
     warmup_iterations: Count = 20_000
     """Optimizer steps on the first labels; 0 skips stage 1 altogether."""
-    rounds: Count = 30
-    """Correspondence rounds, each followed by `round_iterations`."""
+    rounds: Count = 29
+    """Rounds of training after the warm-up, each on the labels of a new correspondence. One more correspondence gives
+    stage 2 its labels, which makes the 30 that were published."""
     round_iterations: Positive = 10_000
-    """Optimizer steps of a round: one cosine cycle."""
+    """Optimizer steps of a round: one cosine cycle. The warm-up keeps `learning_rate`."""
     pairs: Positive = 16
     """Pairs of views per step, over all workers."""
     learning_rate: Rate = 5e-4
     """Start of each cosine cycle."""
-    last_learning_rate: Rate = 5e-6
-    """End of each cosine cycle."""
+    floor_learning_rate: Rate = 5e-6
+    """What each cosine cycle falls towards; the next one begins before it gets there."""
     cosine_steps: Positive = 5
     """Steps in which the rate falls during a cycle."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
-    """Of RMSprop."""
+    """Added to the gradient, as published: where it outweighs a gradient, RMSprop makes full steps of it, and weights
+    vanish. Our own presets have none."""
     min_labels: Count = 9
     """Images with fewer labelled points are not used."""
     different_share: Share = Stage1Step.different_share
@@ -172,7 +179,8 @@ class Stage2Settings(Settings):
     milestones: tuple[Count, ...] = (50_000, 65_000)
     """Steps after which the learning rate falls to a tenth."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
-    """Of RMSprop."""
+    """Added to the gradient, as published: where it outweighs a gradient, RMSprop makes full steps of it, and weights
+    vanish. Our own presets have none."""
     min_population: Count = 500
     """Clusters with this many labelled points or fewer are inactive."""
     merge_after: Count = 25_000
@@ -204,18 +212,19 @@ class ResourceSettings(Settings):
     workers: Annotated[
         str,
         BeforeValidator(str),
-        Field(pattern=r"^[1-9]\d{0,4}(:[1-9]\d{0,4})?$"),
-        tyro.conf.arg(aliases=("--workers",), metavar="N|LEAST:MOST"),
-    ] = "2"
-    """DDP workers: 8, or 2:8 for as many of these as the cluster has room for, which may change during the run."""
+        Field(pattern=r"^(auto|[1-9]\d{0,4}(:[1-9]\d{0,4})?)$"),
+        tyro.conf.arg(aliases=("--workers",), metavar="auto|N|LEAST:MOST"),
+    ] = "auto"
+    """DDP workers: auto for one on each GPU of the cluster or, without GPUs, on each CPU core, up to 8, for which there
+    is memory; 8; or 2:8 for as many of these as the cluster has room for, which may change during the run."""
     worker_cpus: Rate = 0.9
     """CPUs that Ray sets aside per worker; the rest is left to the tasks of a round."""
-    worker_gpus: Share = 0.9
+    worker_gpus: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     """GPUs per worker, where the cluster has any; the rest is left to the k-means actor."""
     kmeans_gpus: Share = 0.1
     """GPUs of the k-means actor, where the cluster has any."""
     gpu: bool | None = None
-    """Train on GPUs; unset: where the cluster has enough of them."""
+    """Train on GPUs; unset: where the cluster has any. True also waits for those that a cluster brings when asked."""
     precision: Precision = "auto"
     """Arithmetic of convolutions; weights, losses and optimizer are always float32. auto: bf16 where all workers have
     matrix units for it (recent GPUs, some server CPUs), float32 elsewhere; a run keeps what it began with."""
@@ -225,6 +234,9 @@ class ResourceSettings(Settings):
     """Lost workers that a run survives before it gives up; submit it again to go on."""
     checkpoint_steps: Positive = 1_000
     """Optimizer steps between two checkpoints inside a phase."""
+    stop_when_unwell: Annotated[bool, tyro.conf.arg(aliases=("--stop-when-unwell",))] = False
+    """End the run after a checkpoint, with exit code 4, at a sign that it comes to nothing, not only warn. The
+    same command without this goes on."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -234,13 +246,13 @@ class ResourceSettings(Settings):
 
     @property
     def least_workers(self) -> int:
-        """Workers without which nothing begins."""
-        return int(self.workers.partition(":")[0])
+        """Workers without which nothing begins; 1 as long as it is not settled what auto is (`sst.run.placement`)."""
+        return 1 if self.workers == "auto" else int(self.workers.partition(":")[0])
 
     @property
     def most_workers(self) -> int:
-        """Workers at most; the same where their number is fixed."""
-        return int(self.workers.rpartition(":")[2])
+        """Workers at most; the same where their number is fixed, and 1 as long as auto is not settled."""
+        return 1 if self.workers == "auto" else int(self.workers.rpartition(":")[2])
 
 
 SAFE_TO_CHANGE = tuple(name for name in ResourceSettings.model_fields if name != "precision")
@@ -294,6 +306,20 @@ class TrainSettings(Settings):
     def with_precision(self, precision: Precision) -> Self:
         """The same with another arithmetic."""
         return self.changed(resources=self.resources.changed(precision=precision))
+
+    def with_workers(self, workers: str) -> Self:
+        """The same with another number of workers, for which the batches must do.
+
+        Raises:
+            ValueError: if a batch is too small for so many.
+        """
+        return self.changed(resources=self.resources.changed(workers=workers))
+
+    @property
+    def workers_for_batch(self) -> int:
+        """Workers at most for which the batches do: 2 pairs each in stage 1, an image each in stage 2."""
+        pairs = self.stage1.pairs // 2 if self.stage1.warmup_iterations else self.stage2.batch
+        return min(pairs, self.stage2.batch)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

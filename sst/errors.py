@@ -17,12 +17,16 @@ class RunFailedError(Exception):
     """A run that began and could not be finished; its message has the worker's own."""
 
 
+class UnwellError(RunFailedError):
+    """A run that was to end at a sign that it comes to nothing; its message has the sign and what to do."""
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Prints a `UserError`, or every problem of a configuration, on stderr and exits with code 2.
 
-    A run that failed on the way, or a store that can't be reached, exits with code 1; Ctrl-C with 130,
-    SIGTERM with 143.
+    A run that failed on the way, or a store that can't be reached, exits with code 1; one that ended because it was
+    unwell with 4; Ctrl-C with 130, SIGTERM with 143.
 
     Usable as a decorator too.
 
@@ -37,6 +41,9 @@ def exit_on_user_error() -> Iterator[None]:
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
         raise SystemExit(143 if isinstance(error, Terminated) else 130) from None
+    except UnwellError as error:
+        print(f"stopped, since the run is not well: {error}", file=sys.stderr)
+        raise SystemExit(4) from None
     except RunFailedError as error:
         print(f"error: training failed; the same command goes on from the last checkpoint\n{error}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -53,6 +60,10 @@ def exit_on_user_error() -> Iterator[None]:
 
 class Stopped(Exception):
     """Raised in a worker's loop, after its checkpoint, when it was asked to stop."""
+
+
+class Unwell(Stopped):
+    """The same where a sign that the run comes to nothing ends it; which one, the metrics file has."""
 
 
 class Terminated(KeyboardInterrupt):

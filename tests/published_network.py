@@ -111,10 +111,7 @@ def double_size(x):
 def hourglass(x, weights, level=4):
     """The hourglass from one level inwards; the b4 blocks are not called by anyone."""
     lower = block(half_size(x), weights, f"m0.b2_{level}")
-    if level == 1:
-        lower = block(lower, weights, "m0.b2_plus_1")
-    else:
-        lower = hourglass(lower, weights, level - 1)
+    lower = block(lower, weights, "m0.b2_plus_1") if level == 1 else hourglass(lower, weights, level - 1)
     lower = block(lower, weights, f"m0.b3_{level}")
     return block(x, weights, f"m0.b1_{level}") + double_size(lower)
 

@@ -83,7 +83,7 @@ def write_scenes(url: str, images: int = 24) -> None:
 def local_tools(lines: list[dict[str, Any]], settings: TrainSettings = SETTINGS) -> Tools:
     """Everything in this process; figures are appended to `lines`."""
     return Tools(
-        lambda sample, start, seed, clusters: fit(read_sample(sample), clusters, seed=seed, start=start),
+        lambda sample, asked: fit(read_sample(sample), asked),
         log=lines.append,
     )
 

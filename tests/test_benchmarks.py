@@ -27,8 +27,8 @@ def test_the_parts_of_a_round_are_those_that_the_run_notes(tmp_path):
     write_toy(corpus, train=24, test=8)
     claim(RunDirectory(str(run)), SETTINGS, open_corpus(corpus))
 
-    def solve(sample, start, seed, clusters):
-        return fit(read_sample(sample), clusters, seed=seed, start=start)
+    def solve(sample, asked):
+        return fit(read_sample(sample), asked)
 
     train_locally(corpus, str(run), Tools(solve, log=MetricsFile(str(run)).write))
     rounds = rounds_of(run)

@@ -7,34 +7,41 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from cluster import storage
 from docs import reference
+from jobs import __main__ as command_line
 from jobs import compare, demo, train, tune
 from sst.corpora.drawings import draw
 from sst.data.corpus import open_corpus
 from sst.report.finish import finish_run
 from sst.run import own
 from sst.run.claim import claim
+from sst.run.estimate import Speed
 from sst.train.run_directory import RunDirectory
 from sst.tune import comparison, sweep
 from tests.small import SETTINGS, local_tools, train_locally
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+ROOT_PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
+PAGES = [*ROOT_PAGES, *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
 
 def commands(page: str) -> list[str]:
     """Commands of the page's code blocks, and those in its sentences, in their order."""
     found = []
     blocks = re.finditer(
-        r"```(\w*)\n(.*?)```|`((?:(?:\.venv/bin/)?python -m|ray job) [^`]*)`", (ROOT / page).read_text(), re.DOTALL
+        r"```(\w*)\n(.*?)```|`((?:(?:\.venv/bin/)?(?:python -m|landmarks)|ray job) [^`]*)`",
+        (ROOT / page).read_text(),
+        re.DOTALL,
     )
     for language, block, inline in (match.groups(default="") for match in blocks):
         lines = "" if language else f"{block}{inline}".replace("\\\n", " ")
@@ -43,7 +50,7 @@ def commands(page: str) -> list[str]:
 
 
 def is_command(line: str) -> bool:
-    return re.match(r"(\.venv/bin/|python -m |make |ray |PATH=)", line) is not None
+    return re.match(r"(\.venv/bin/|python -m |landmarks |make |ray |PATH=)", line) is not None
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +99,7 @@ def world(tmp_path, monkeypatch, finished):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "train_run", quickly)
     monkeypatch.setattr(own, "train_run", quickly)
-    monkeypatch.setattr(own, "measure", lambda settings, machine: own.Speed(0.1, 0.1, 3.5))
+    monkeypatch.setattr(own, "measure", lambda *_: Speed(0.1, 0.1, 0.003, 0.003, 0.02, 1e-6, 1.0, 3.5))
     monkeypatch.setattr(demo, "train_run", quickly)
     one = sweep.TrialRecord(values={}, status="finished", objective=1.0)
     monkeypatch.setattr(
@@ -115,6 +122,8 @@ def run(command: str) -> None:
         words = words[words.index("--") + 1 :]
     if words[0] == "make":
         subprocess.run(["make", "-n", words[1]], cwd=ROOT, check=True, capture_output=True)
+    elif words[0].endswith("landmarks"):
+        succeeds(command_line.main, words[1:])
     elif "mlflow" in words[0] or "mlflow" in words[1]:
         from click.testing import CliRunner
         from mlflow.cli import cli
@@ -127,15 +136,20 @@ def run(command: str) -> None:
         main, arguments = importlib.import_module(words[2]), words[3:]
         if not words[2].startswith("jobs."):
             return  # what it does is looked at elsewhere; that it exists, here
-        try:
-            main.main(arguments)
-        except SystemExit as exit_:
-            assert not exit_.code, command
+        succeeds(main.main, arguments)
+
+
+def succeeds(main, arguments):
+    try:
+        main(arguments)
+    except SystemExit as exit_:
+        assert not exit_.code, arguments
 
 
 def is_pattern(command: str) -> bool:
     """Whether a command shows a form rather than something that can be typed."""
-    return re.search(r"\b(PRESET|FILE|DIR|SOURCE)\b|s3://|\||^python -m jobs\.\w+$", command) is not None
+    bare_verb = r"^(python -m jobs\.\w+|landmarks [\w-]+( own)?)$"
+    return re.search(rf"\b(PRESET|FILE|DIR|SOURCE)\b|s3://|\||{bare_verb}", command) is not None
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -148,8 +162,8 @@ def test_commands_of_a_page_run(page, world, capsys):
         if page == "README.md" and "evaluate run runs/mine" in command:
             continue  # its images have no annotations: refused with that reason, see test_mistakes
         if is_pattern(command):
-            verb = re.search(r"jobs\.(\w+)", command)
-            assert verb is None or (ROOT / "jobs" / f"{verb.group(1)}.py").exists(), command
+            verb = re.search(r"(?:jobs\.|landmarks )([\w-]+)", command)
+            assert verb is None or verb.group(1).replace("_", "-") in (*command_line.VERBS, "VERB"), command
         else:
             run(command)
 
@@ -176,7 +190,7 @@ def test_every_setting_has_a_meaning():
     assert not empty
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "benchmarks/RESULTS.md"])
 def test_links_and_pictures_exist(page):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", (ROOT / page).read_text()):
         assert (ROOT / page).parent.joinpath(target).exists(), target
@@ -199,4 +213,35 @@ def test_every_test_that_a_page_names_exists(page):
     text = (ROOT / page).read_text()
     named = re.findall(r"`(test_\w+)`", text)
     assert len(named) >= 8 and [name for name in named if f"def {name}(" not in tests] == []
-    assert all((ROOT / "tests" / name).exists() for name in re.findall(r"`(test_\w+\.py)`", text))
+    assert all(list((ROOT / "tests").rglob(name)) for name in re.findall(r"`(test_\w+\.py)`", text))
+
+
+def test_the_contributors_tour_names_files_and_rooms_that_exist():
+    named = re.findall(r"`([\w./]+/[\w.]*)`", (ROOT / "CONTRIBUTING.md").read_text())
+    missing = [name for name in named if name != "site/index.html" and not (ROOT / name).exists()]
+    assert len(named) >= 30 and missing == []
+
+
+def test_the_citation_names_the_paper_and_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    paper = citation["references"][0]
+    assert "Unsupervised Learning of Object Landmarks via Self-Training Correspondence" in paper["title"]
+    assert [author["family-names"] for author in paper["authors"]] == ["Mallis", "Sanchez", "Bell", "Tzimiropoulos"]
+    assert citation["version"] == project["version"] and citation["cff-version"] == "1.2.0"
+
+
+def test_the_changelog_has_room_for_the_next_change():
+    headings = re.findall(r"^#{2,3} (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] == "[Unreleased]"
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}  # those of Keep a Changelog
+    assert all(heading in kinds or re.match(r"\[[\w.]+\]", heading) for heading in headings)
+
+
+def test_forms_and_workflows_are_sound_yaml_and_ci_runs_what_must_pass():
+    form = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/bug_report.yml").read_text())
+    asked = [part["id"] for part in form["body"] if part["type"] != "markdown"]
+    assert {"name", "description"} <= form.keys() and len(set(asked)) == len(asked) >= 4
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    steps = [step.get("run") for job in workflow["jobs"].values() for step in job["steps"]]
+    assert "bash .ci/run" in steps and (ROOT / ".ci/run").exists()

@@ -6,12 +6,15 @@ train_frames and train_joints (found by a tracker), test_frames and test_joints 
 head, then right and left wrist, elbow, shoulder. Elements above 20 belong to the extended corpus and are not used.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from sst.corpora.files import find, names_in, read_mat, refuse_missing
+from sst.corpora.faces import Box
+from sst.corpora.files import additions, find, names_in, read_mat, refuse_missing, require_boxes
 from sst.corpora.packing import Item, SourceImage, read_image
 from sst.data.shards import Split
 from sst.errors import UserError
@@ -23,7 +26,7 @@ SIDE = 300
 ANNOTATIONS = ("bbcpose.mat", "code/bbcpose.mat", "bbcpose_extbbcpose_code_1.0/bbcpose.mat")
 
 
-def items(root: str, every: int) -> list[Item]:
+def items(root: str, every: int, annotations: str | None = None, *, detected: bool = False) -> list[Item]:
     """Frames of the training videos, and the frames of the test videos that were annotated by hand.
 
     The validation videos are left out.
@@ -31,6 +34,8 @@ def items(root: str, every: int) -> list[Item]:
     Args:
         root: folder of the archive.
         every: of how many annotated training frames one is taken, as neighbours are nearly the same picture.
+        annotations: CSV as of the folder source with boxes (file as 1/1.jpg) that replace those of the joints.
+        detected: refuse training frames without a box of their own.
 
     Raises:
         UserError: if a file is missing or odd.
@@ -54,7 +59,18 @@ def items(root: str, every: int) -> list[Item]:
             raise UserError(f"{path}: type of video {number} is {kind!r}; expected train, val or test")
         if kind != "val":
             found += _video_items(base, path, video, number, "train" if kind == "train" else "test", every)
-    return found
+    added = additions(annotations, {item.source for item in found}, None)
+    if detected:
+        require_boxes(annotations, added, [item.source for item in found if item.split == "train"])
+    boxes = {name: row.box for name, row in added.items() if row.box is not None}
+    return [
+        replace(item, load=partial(_with_box, item.load, boxes[item.source])) if item.source in boxes else item
+        for item in found
+    ]
+
+
+def _with_box(load: Callable[[], SourceImage], box: Box) -> SourceImage:
+    return replace(load(), box=box)
 
 
 def _video_items(base: Path, path: Path, video: np.void, number: int, split: Split, every: int) -> list[Item]:

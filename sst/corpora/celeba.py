@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from sst.corpora.faces import Box, box_of_five, grown_box
-from sst.corpora.files import additions, find, names_in, read_lines, refuse_missing
+from sst.corpora.files import additions, find, names_in, read_lines, refuse_missing, require_boxes
 from sst.corpora.packing import Item, SourceImage, UnusableImage, read_image
 from sst.data.shards import Split
 from sst.errors import UserError
@@ -26,7 +26,7 @@ MAFL_TRAINING = ("MAFL/training.txt", "mafl_training.txt")
 MAFL_TESTING = ("MAFL/testing.txt", "mafl_testing.txt")
 
 
-def items(root: str, annotations: str | None = None) -> list[Item]:
+def items(root: str, annotations: str | None = None, *, detected: bool = False) -> list[Item]:
     """Training images: CelebA's training split without MAFL's test images. Test images: those of MAFL.
 
     Points, for scoring only, are given to the MAFL images: 68 where `annotations` has them, otherwise the
@@ -37,6 +37,7 @@ def items(root: str, annotations: str | None = None) -> list[Item]:
         root: folder of the archives.
         annotations: CSV as of the folder source with boxes, with 68 points, or both. A box is the detected face,
             before the margin; for an image without one it is derived from the 5 points.
+        detected: refuse training images without a box of their own.
 
     Raises:
         UserError: if a file is missing or odd.
@@ -59,6 +60,8 @@ def items(root: str, annotations: str | None = None) -> list[Item]:
     if unknown := [name for name in wanted if name not in five]:
         raise UserError(f"{base}: {unknown[0]} has no points; expected {FIVE_POINTS[0]} to have a line for every image")
     added = additions(annotations, set(wanted), LANDMARKS)
+    if detected:
+        require_boxes(annotations, added, names)
     has_points = any(row.points is not None for row in added.values())
 
     def item(name: str, split: Split) -> Item:

@@ -1,6 +1,6 @@
 """What the published corpora share: finding their files, and boxes or points that the user adds."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +109,17 @@ def additions(path: str | None, names: Collection[str], landmarks: int | None) -
     if not rows:
         raise UserError(f"{path}: names none of the images, which are called like {min(names)}")
     return rows
+
+
+def require_boxes(path: str | None, added: Mapping[str, Row], names: Collection[str]) -> None:
+    """Refuses training images for which the user adds no box, so that none is derived from annotated points.
+
+    Raises:
+        UserError: naming one of them.
+    """
+    without = [name for name in names if (row := added.get(name)) is None or row.box is None]
+    if without:
+        raise UserError(
+            f"{path or '--annotations is not given'}: no box of {without[0]} and {len(without) - 1} others; "
+            "expected one for every training image, as --boxes detector asks for"
+        )

@@ -13,7 +13,7 @@ import numpy as np
 
 from sst.corpora import torch7
 from sst.corpora.faces import Box, extent_box, grown_box
-from sst.corpora.files import additions, find, names_in, read_mat, refuse_missing
+from sst.corpora.files import additions, find, names_in, read_mat, refuse_missing, require_boxes
 from sst.corpora.packing import Item, SourceImage, UnusableImage, read_image
 from sst.data.shards import Split
 from sst.errors import UserError
@@ -24,7 +24,7 @@ TRAIN = ("300W_LP", "300W-LP")
 TEST = ("LS3D*/new_dataset", "LS3D*/LS3D*/new_dataset", "new_dataset", "LS3D*balanced*")
 
 
-def items(root: str, annotations: str | None = None) -> list[Item]:
+def items(root: str, annotations: str | None = None, *, detected: bool = False) -> list[Item]:
     """All images of 300W-LP but its mirrored copies (`*_Flip`), and all of LS3D-W balanced.
 
     Points are the image positions of the face's 68 points in space (`pts_3d`): that is what LS3D-W marks too.
@@ -33,6 +33,7 @@ def items(root: str, annotations: str | None = None) -> list[Item]:
         root: folder of both archives.
         annotations: CSV as of the folder source with boxes of 300W-LP faces (file as AFW/NAME.jpg), before the
             margin. An image without one, and every test image, gets the extent of its points as of `extent_box`.
+        detected: refuse training images without a box of their own.
 
     Raises:
         UserError: if a file is missing.
@@ -41,6 +42,8 @@ def items(root: str, annotations: str | None = None) -> list[Item]:
     train = find(base, TRAIN, "the folder of 300W-LP")
     names = [name for part in PARTS for name in _training_images(train, part)]
     added = additions(annotations, set(names), None)
+    if detected:
+        require_boxes(annotations, added, names)
     boxes = {name: row.box for name, row in added.items()}
 
     def item(source: str, split: Split, read: Callable[[Path], np.ndarray], image: Path, landmarks: Path) -> Item:

@@ -141,35 +141,19 @@ def pack_item(item: Item, context: float = 2.0, size: int | None = 256) -> Packe
     Returns:
         The sample; without `meta` but with a reason where the image can't be used.
     """
-    import cv2
     import simplejpeg
 
     try:
         source = item.load()
     except UnusableImage as error:
         return Packed(b"", None, str(error))
-    notes = []
+    notes: list[str] = []
     height, width = source.image.shape[:2]
-    whole = np.array([0.0, 0.0, width, height])
-    box = whole
-    if source.box is not None:
-        clipped = usable_box(source.box, width, height)
-        if clipped is not None:
-            box = clipped
-        else:
-            notes.append("box unusable, whole image taken")
-    centre, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2 * max(1.0, context)
-    left, top = (int(v) for v in np.maximum(0, np.floor(centre - half)))
-    right, bottom = (int(v) for v in np.minimum([width, height], np.ceil(centre + half)))
-    image = np.ascontiguousarray(source.image[top:bottom, left:right])
-    factor = min(1.0, size / (box[2:] - box[:2]).max()) if size else 1.0
-    matrix = np.array([[1.0, 0.0, -left], [0.0, 1.0, -top], [0.0, 0.0, 1.0]])
-    if factor < 1:
-        new = [max(1, round((right - left) * factor)), max(1, round((bottom - top) * factor))]
-        # The matrix follows the whole number of pixels per axis, not the factor, so points stay exact.
-        matrix = resize_matrix(new[0] / (right - left), new[1] / (bottom - top)) @ matrix
-        image = cv2.resize(image, (new[0], new[1]), interpolation=cv2.INTER_AREA)
-    if box is whole:
+    box = None if source.box is None else usable_box(source.box, width, height)
+    if source.box is not None and box is None:
+        notes.append("box unusable, whole image taken")
+    image, matrix = _cropped(source.image, box, context, size)
+    if box is None:
         stored_box = np.array([0.0, 0.0, image.shape[1], image.shape[0]])
     else:
         stored_box = transform_points(matrix, box.reshape(2, 2)).ravel()
@@ -195,6 +179,28 @@ def pack_item(item: Item, context: float = 2.0, size: int | None = 256) -> Packe
     )
     jpeg = simplejpeg.encode_jpeg(image, quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="444")
     return Packed(jpeg, meta, notes=tuple(notes))
+
+
+def _cropped(
+    image: np.ndarray, box: np.ndarray | None, context: float, size: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The part of an image round a box, shrunk as `pack_item` says, and the matrix (3, 3) from image to part."""
+    import cv2
+
+    height, width = image.shape[:2]
+    box = np.array([0.0, 0.0, width, height]) if box is None else box
+    centre, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2 * max(1.0, context)
+    left, top = (int(v) for v in np.maximum(0, np.floor(centre - half)))
+    right, bottom = (int(v) for v in np.minimum([width, height], np.ceil(centre + half)))
+    part = np.ascontiguousarray(image[top:bottom, left:right])
+    factor = min(1.0, size / (box[2:] - box[:2]).max()) if size else 1.0
+    matrix = np.array([[1.0, 0.0, -left], [0.0, 1.0, -top], [0.0, 0.0, 1.0]])
+    if factor < 1:
+        new = [max(1, round((right - left) * factor)), max(1, round((bottom - top) * factor))]
+        # The matrix follows the whole number of pixels per axis, not the factor, so points stay exact.
+        matrix = resize_matrix(new[0] / (right - left), new[1] / (bottom - top)) @ matrix
+        part = cv2.resize(part, (new[0], new[1]), interpolation=cv2.INTER_AREA)
+    return part, matrix
 
 
 def _corners(box: np.ndarray) -> tuple[float, float, float, float]:

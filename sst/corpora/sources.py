@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
@@ -49,23 +49,32 @@ class Toy(Pack):
     test_share: float = Field(0.1, ge=0, lt=1, description="Share of test images among those without a split.")
 
 
+Boxes = Literal["annotations", "detector"]
+BOXES = "detector: refuse training images without a box in --annotations; else it may come from their annotated points."
+
+
 class Published(Pack):
     """What the published corpora have in common; docs/corpora.md shows the layout of each."""
 
     root: str = Field(description="Folder that the owners' archives are unpacked in.")
-    size: int = Field(256, ge=16, description="Pixels that the longer side of the box is shrunk to, if longer.")
+    context: float = Field(10.0, ge=1, le=10, description="As above; by default the whole image, as was published.")
+    size: int | None = Field(
+        None, ge=16, description="Pixels that the longer side of the box is shrunk to, if longer; None: as it is."
+    )
 
 
 class CelebA(Published):
     """CelebA's aligned training images, and MAFL's test images."""
 
     annotations: str | None = Field(None, description="CSV with face boxes, the 68 points of MAFL images, or both.")
+    boxes: Boxes = Field("annotations", description=BOXES)
 
 
 class Ls3d(Published):
     """300W-LP to train on, LS3D-W balanced as test images."""
 
     annotations: str | None = Field(None, description="CSV with face boxes of 300W-LP images.")
+    boxes: Boxes = Field("annotations", description=BOXES)
 
 
 class Human36m(Published):
@@ -76,6 +85,10 @@ class BbcPose(Published):
     """BBC Pose: frames of the training videos, hand-annotated frames of the test videos."""
 
     every: int = Field(10, ge=1, description="Of so many annotated training frames one is taken.")
+    annotations: str | None = Field(None, description="CSV with boxes of signers.")
+    boxes: Boxes = Field("annotations", description=BOXES)
+    context: float = Field(2.0, ge=1, le=10, description="Sides of the stored crop as a multiple of the box's.")
+    size: int | None = Field(256, ge=16, description="Pixels that the longer side of the box is shrunk to, if longer.")
 
 
 Source = (
@@ -97,15 +110,17 @@ def images_of(config: Source) -> tuple[Iterable[Item], str, str | None, int | No
     if isinstance(config, Toy):
         return toy.items(config.count, config.seed, config.size, config.test_share), f"toy-{config.seed}", "toy", None
     if isinstance(config, CelebA):
-        items = celeba.items(config.root, config.annotations)
+        items = celeba.items(config.root, config.annotations, detected=config.boxes == "detector")
         return items, "celeba", "mafl" if items[-1].landmarks == celeba.LANDMARKS else None, config.size
     if isinstance(config, Ls3d):
-        return ls3d.items(config.root, config.annotations), "ls3d", "ls3d", config.size
+        faces = ls3d.items(config.root, config.annotations, detected=config.boxes == "detector")
+        return faces, "ls3d", "ls3d", config.size
     if isinstance(config, Human36m):
         clips = with_progress(human36m.clips(config.root), "packing")
         return (item for clip in clips for item in human36m.frames(clip)), "human36m", "human36m", config.size
     if isinstance(config, BbcPose):
-        return bbcpose.items(config.root, config.every), "bbcpose", None, config.size
+        signers = bbcpose.items(config.root, config.every, config.annotations, detected=config.boxes == "detector")
+        return signers, "bbcpose", None, config.size
     items = folder.items(config.images, config.annotations, config.test_share)
     root = Path(config.images).resolve()
     name = root.parent.name if root.name == "images" else root.name

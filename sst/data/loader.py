@@ -208,8 +208,9 @@ def collate(
         images[row, : image.shape[0], : image.shape[1]] = image
         padded[row, : len(points[row])] = points[row]
         numbers[row, : len(cluster[row])] = cluster[row]
+    stored = np.array([image.shape[1::-1] for image, _ in decoded], np.float32)
     matrices = np.stack([matrix for _, matrix in decoded]).astype(np.float32)
-    arrays = (images, matrices, padded, numbers)
+    arrays = (images, stored, matrices, padded, numbers)
     return Batch(tuple(keys), *(torch.from_numpy(array) for array in arrays))
 
 

@@ -7,7 +7,7 @@ Source: Mallis et al. 2020, supplementary material (augmentation ranges).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -24,10 +24,13 @@ class Augmentation:
         blur_probability: share of images blurred, with sigma up to `blur_sigma` pixels of the view.
         contrast: range of the factor about mid grey.
         noise_probability: share of images with Gaussian noise of standard deviation up to `noise`.
+        noise_per_channel: share of the noisy images whose channels have each its own noise; in the others it is grey.
         brightness: range of the factor, drawn per channel in `brightness_per_channel` of the images.
         colour_probability: share of images whose hue and saturation are multiplied by factors from `colour`.
+        about: what is scaled, rotated and shifted, about its middle: the stored image, from which the view is cut
+            afterwards (published), or the view.
         scale: range of the factor of each axis.
-        shift: largest shift, as a share of the view.
+        shift: largest shift, as a share of the sides of what is shifted.
         rotation: largest rotation in degrees.
     """
 
@@ -36,10 +39,12 @@ class Augmentation:
     contrast: tuple[float, float] = (0.85, 1.3)
     noise_probability: float = 0.5
     noise: float = 0.05
+    noise_per_channel: float = 0.5
     brightness: tuple[float, float] = (0.9, 1.1)
     brightness_per_channel: float = 0.2
     colour_probability: float = 0.3
     colour: tuple[float, float] = (0.5, 1.5)
+    about: Literal["image", "view"] = "image"
     scale: tuple[float, float] = (0.8, 1.2)
     shift: float = 0.05
     rotation: float = 40.0
@@ -48,6 +53,7 @@ class Augmentation:
 STRONGER = Augmentation(
     blur_probability=0.5,
     contrast=(0.75, 1.5),
+    noise_probability=1.0,
     brightness=(0.8, 1.2),
     colour_probability=0.5,
     scale=(0.7, 1.3),
@@ -63,12 +69,12 @@ def _uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.G
     return torch.rand(shape, generator=generator, device=like.device) * (high - low) + low
 
 
-def random_affine(count: int, size: int, settings: Augmentation, generator: torch.Generator) -> Tensor:
-    """Random matrices from the un-augmented to the augmented view.
+def random_affine(count: int, size: int | Tensor, settings: Augmentation, generator: torch.Generator) -> Tensor:
+    """Random matrices from a picture to the same, scaled, rotated and shifted.
 
     Args:
         count: number of matrices B.
-        size: side S of the view.
+        size: side of the pictures, or width and height of each (B, 2).
         settings: ranges of scale, shift and rotation about the centre.
         generator: source of randomness; its device is the result's.
 
@@ -78,14 +84,15 @@ def random_affine(count: int, size: int, settings: Augmentation, generator: torc
     like = torch.empty(0, device=generator.device)
     angle = _uniform((count,), -settings.rotation, settings.rotation, generator, like) * (math.pi / 180)
     scale_B2 = _uniform((count, 2), *settings.scale, generator, like)
-    shift_B2 = _uniform((count, 2), -settings.shift, settings.shift, generator, like) * size
+    side_B2 = torch.zeros(count, 2, device=generator.device) + size
+    shift_B2 = _uniform((count, 2), -settings.shift, settings.shift, generator, like) * side_B2
     cos, sin = torch.cos(angle), torch.sin(angle)
     rotation_B22 = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
     linear_B22 = rotation_B22 * scale_B2[:, None, :]
-    centre = torch.full((2,), (size - 1) / 2, device=generator.device)
+    centre_B21 = (side_B2[..., None] - 1) / 2
     matrix = torch.zeros(count, 3, 3, device=generator.device)
     matrix[:, :2, :2] = linear_B22
-    matrix[:, :2, 2] = centre + shift_B2 - linear_B22 @ centre
+    matrix[:, :2, 2:] = centre_B21 + shift_B2[..., None] - linear_B22 @ centre_B21
     matrix[:, 2, 2].fill_(1.0)
     return matrix
 
@@ -131,9 +138,9 @@ def invert_affine(matrix_B33: Tensor) -> Tensor:
 
 def augment(
     image_BHW3: Tensor,
+    stored_B2: Tensor,
     to_view_B33: Tensor,
     points_BN2: Tensor,
-    cluster_BN: Tensor,
     size: int,
     settings: Augmentation,
     generator: torch.Generator,
@@ -141,29 +148,31 @@ def augment(
     """Draws one random view of every image.
 
     Args:
-        image_BHW3: uint8 stored images.
+        image_BHW3: uint8 stored images, padded at right and bottom to one size.
+        stored_B2: width and height of each without the padding.
         to_view_B33: matrices from stored image to canonical view.
         points_BN2: heatmap units of the canonical view.
-        cluster_BN: int64; -1 marks padding.
         size: side S of the view.
         settings: ranges.
         generator: source of randomness, on the images' device.
 
     Returns:
-        Views (B, 3, S, S) in [0, 1]; points (B, N, 2) in heatmap units of the views; clusters (B, N), -1 where
-        the point is padding or has left the view.
+        Views (B, 3, S, S) in [0, 1]; points (B, N, 2) in heatmap units of the views; and whether each lies in a cell of
+        its view, bool (B, N).
     """
     count, device = len(image_BHW3), image_BHW3.device
-    affine = random_affine(count, size, settings, generator)
-    matrix_B33, colours = affine @ to_view_B33, Colours.draw(count, settings, generator)
+    if settings.about == "image":
+        matrix_B33 = to_view_B33 @ random_affine(count, stored_B2, settings, generator)
+    else:
+        matrix_B33 = random_affine(count, size, settings, generator) @ to_view_B33
+    colours = Colours.draw(count, settings, generator)
     # On a CPU a few images at a time, so that they are still in the cache when the next change comes.
     step = max(1, CACHED_PIXELS // size**2) if device.type == "cpu" else count
     views = torch.empty(count, 3, size, size, device=device)
     for rows in (slice(first, first + step) for first in range(0, count, step)):
         views[rows] = colours[rows](warp_images(image_BHW3[rows], matrix_B33[rows], size), generator)
-    moved = transform(affine, points_BN2 * STRIDE) / STRIDE
-    inside = ((moved > -0.5) & (moved < size // STRIDE - 0.5)).all(-1)
-    return views, moved, torch.where(inside, cluster_BN, -1)
+    moved = transform(matrix_B33 @ invert_affine(to_view_B33), points_BN2 * STRIDE) / STRIDE
+    return views, moved, ((moved > -0.5) & (moved < size // STRIDE - 0.5)).all(-1)
 
 
 @dataclass(frozen=True)
@@ -174,7 +183,7 @@ class Colours:
         contrast_B111: factor about mid grey.
         brightness_B311: factor of each channel.
         blurred_B: bool; with `sigma_B` in pixels of the view.
-        noisy_B: bool; with `noise_B111`, the standard deviation.
+        noisy_B: bool; with `noise_B111`, the standard deviation, and `grey_noise_B`, whether channels share it.
         recoloured_B: bool; with `hue_B` and `saturation_B`, factors.
     """
 
@@ -184,6 +193,7 @@ class Colours:
     sigma_B: Tensor
     noisy_B: Tensor
     noise_B111: Tensor
+    grey_noise_B: Tensor
     recoloured_B: Tensor
     hue_B: Tensor
     saturation_B: Tensor
@@ -208,6 +218,7 @@ class Colours:
             sigma_B=uniform(0, settings.blur_sigma),
             noisy_B=chosen(settings.noise_probability),
             noise_B111=uniform(0, settings.noise, 1, 1, 1),
+            grey_noise_B=~chosen(settings.noise_per_channel),
             recoloured_B=chosen(settings.colour_probability),
             hue_B=uniform(*settings.colour),
             saturation_B=uniform(*settings.colour),
@@ -220,13 +231,13 @@ class Colours:
     def __call__(self, view_B3SS: Tensor, generator: torch.Generator) -> Tensor:
         """Changes the images, (B, 3, S, S) in [0, 1] to the same; the noise itself comes from the generator.
 
-        The order is blur, contrast, noise, brightness, colour. Contrast and brightness are one pass here, which changes
-        nothing: blur commutes with it, and the noise gets its brightness by itself.
+        The order is blur, contrast, noise, brightness, colour, and what leaves [0, 1] is cut off after each. Contrast
+        comes before blur here, which changes nothing: they commute, and what is cut off is cut off after both.
         """
-        grey_B311 = 0.5 * (1 - self.contrast_B111) * self.brightness_B311
-        x = torch.addcmul(grey_B311, view_B3SS, self.contrast_B111 * self.brightness_B311)
-        x = _change_some(x, self.blurred_B, blur, self.sigma_B)
-        x = _add_noise(x, self.noisy_B, self.noise_B111 * self.brightness_B311, generator).clamp_(0.0, 1.0)
+        x = torch.addcmul(0.5 * (1 - self.contrast_B111), view_B3SS, self.contrast_B111)
+        x = _change_some(x, self.blurred_B, blur, self.sigma_B).clamp_(0.0, 1.0)
+        x = _add_noise(x, self.noisy_B, self.noise_B111, self.grey_noise_B, generator).clamp_(0.0, 1.0)
+        x = x.mul_(self.brightness_B311).clamp_(0.0, 1.0)
         return _change_some(x, self.recoloured_B, multiply_hue_saturation, self.hue_B, self.saturation_B)
 
 
@@ -246,14 +257,18 @@ def _change_some(x_B3SS: Tensor, chosen_B: Tensor, change: Callable[..., Tensor]
     return x_B3SS.index_copy_(0, rows, change(x_B3SS[rows], *(each[rows] for each in parameters)))
 
 
-def _add_noise(x_B3SS: Tensor, chosen_B: Tensor, deviation_B311: Tensor, generator: torch.Generator) -> Tensor:
+def _add_noise(
+    x_B3SS: Tensor, chosen_B: Tensor, deviation_B111: Tensor, grey_B: Tensor, generator: torch.Generator
+) -> Tensor:
     """Adds Gaussian noise to the chosen images, in place; see `_change_some`."""
     if not free_to_look(x_B3SS.device):
         noise = torch.randn(x_B3SS.shape, generator=generator, device=x_B3SS.device)
-        return x_B3SS.addcmul_(noise, deviation_B311 * chosen_B[:, None, None, None])
+        noise = torch.where(grey_B[:, None, None, None], noise[:, :1], noise)
+        return x_B3SS.addcmul_(noise, deviation_B111 * chosen_B[:, None, None, None])
     rows = chosen_B.nonzero()[:, 0]
-    noise = torch.randn(len(rows), *x_B3SS.shape[1:], generator=generator)
-    return x_B3SS.index_add_(0, rows, noise.mul_(deviation_B311[rows]))
+    noise = torch.randn(len(rows), *x_B3SS.shape[1:], generator=generator).mul_(deviation_B111[rows])
+    noise = torch.where(grey_B[rows][:, None, None, None], noise[:, :1], noise)
+    return x_B3SS.index_add_(0, rows, noise)
 
 
 def blur(x_B3SS: Tensor, sigma_B: Tensor) -> Tensor:

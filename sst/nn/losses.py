@@ -1,10 +1,12 @@
 """Targets and losses of both stages, over padded point arrays: no loop over images or points.
 
+A loss is a sum and the number of its terms: the mean over a whole batch takes both of all the workers that share it.
+
 B batch, N M points of the two views, K landmarks, D descriptor size, H W heatmap. Points are (x, y) in heatmap
 units; cluster -1 marks padding. Source: Mallis et al. 2020, sections 3.1 to 3.3.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +19,21 @@ DetectorTarget = Literal["cell", "bump"]
 
 BUMP_VARIANCE = 0.5625
 """A Gaussian of this variance is the published bump: 1 at the centre, 0.411 beside it, 0.169 at the corners."""
+
+MOST_PAIRS = 2_999
+"""Pairs of points of a pair of views that are compared at most. The published arrays have room for 3,000 and are filled
+but for the last; with all of 100 labels in both views there would be 10,000."""
+
+
+class Sum(NamedTuple):
+    """A sum over one worker's share of a batch, and how many terms it has; scalars."""
+
+    total: Tensor
+    terms: Tensor
+
+    def mean(self) -> Tensor:
+        """Over the share alone; 0 where there is nothing."""
+        return self.total / self.terms.clamp_min(1)
 
 
 def sample_descriptors(desc_BDHW: Tensor, points_BN2: Tensor) -> Tensor:
@@ -52,49 +69,69 @@ def detector_target(
 
 
 def detector_loss(heat_B1HW: Tensor, points_BN2: Tensor, cluster_BN: Tensor, kind: DetectorTarget = "cell") -> Tensor:
-    """Mean squared error between the detector's heatmap and `detector_target`."""
+    """Mean squared error between the detector's heatmap and `detector_target`, of each image; (B,)."""
     height, width = heat_B1HW.shape[-2:]
     target = detector_target(points_BN2, cluster_BN, height, width, kind)
-    return functional.mse_loss(heat_B1HW.float(), target)
+    return (heat_B1HW.float() - target).square().mean((1, 2, 3))
 
 
-def pair_masks(first_cluster_BN: Tensor, second_cluster_BM: Tensor) -> tuple[Tensor, Tensor]:
-    """Which pairs of points of two views have the same cluster, and which have clusters that occur in both views.
+class Labelled(NamedTuple):
+    """Labelled points of one view of each image.
+
+    Attributes:
+        cluster_BN: int64; -1 for padding. A cluster occurs at most once per image.
+        inside_BN: bool, whether the point lies in the view.
+    """
+
+    cluster_BN: Tensor
+    inside_BN: Tensor
+
+
+def pair_masks(first: Labelled, second: Labelled, most: int = MOST_PAIRS) -> tuple[Tensor, Tensor]:
+    """Which pairs of points of two views are compared.
+
+    Both points must lie in their views, and both clusters be labelled in both images, be it outside of the views. Pairs
+    of one cluster come first, then the others, a point of the first view after the other.
 
     Args:
-        first_cluster_BN: clusters of the first view's points; -1 for padding.
-        second_cluster_BM: the same of the second view.
+        first: N points of the first view.
+        second: M points of the second view.
+        most: pairs of a pair of views at most.
 
     Returns:
-        Two bool masks (B, N, M).
+        Two bool masks (B, N, M): compared pairs of one cluster, and all compared pairs.
     """
-    same_BNM = (first_cluster_BN[:, :, None] == second_cluster_BM[:, None, :]) & (first_cluster_BN >= 0)[:, :, None]
-    return same_BNM, same_BNM.any(2)[:, :, None] & same_BNM.any(1)[:, None, :]
+    same_BNM = first.cluster_BN[:, :, None] == second.cluster_BN[:, None, :]
+    same_BNM = same_BNM & (first.cluster_BN >= 0)[:, :, None]
+    inside_BNM = first.inside_BN[:, :, None] & second.inside_BN[:, None, :]
+    shared_BNM = same_BNM.any(2)[:, :, None] & same_BNM.any(1)[:, None, :]
+    positive_BNM, negative_BNM = same_BNM & inside_BNM, shared_BNM & ~same_BNM & inside_BNM
+    place_BNM = negative_BNM.flatten(1).cumsum(1).view_as(negative_BNM)
+    room_B11 = most - positive_BNM.sum((1, 2), keepdim=True)
+    return positive_BNM, positive_BNM | (negative_BNM & (place_BNM <= room_B11))
 
 
 def descriptor_loss(
-    first_BND: Tensor, second_BMD: Tensor, first_cluster_BN: Tensor, second_cluster_BM: Tensor, margin: float
-) -> Tensor:
-    """Contrastive loss over all pairs of points between two views whose clusters occur in both.
+    first_BND: Tensor, second_BMD: Tensor, first: Labelled, second: Labelled, margin: float, most: int = MOST_PAIRS
+) -> Sum:
+    """Contrastive loss over the pairs of points that `pair_masks` gives.
 
-    Same cluster: d^2. Different clusters: max(0, margin - d)^2, with d the L2 distance. Mean over the pairs.
+    Same cluster: d^2. Different clusters: max(0, margin - d)^2, with d the L2 distance.
 
     Args:
         first_BND: descriptors of the first view's points, raw.
         second_BMD: the same of the second view.
-        first_cluster_BN: clusters; -1 for padding.
-        second_cluster_BM: the same.
+        first: the first view's points.
+        second: the second view's points.
         margin: 0.8 in the paper.
-
-    Returns:
-        Scalar; 0 where there is no pair.
+        most: see `pair_masks`.
     """
-    same_BNM, shared_BNM = pair_masks(first_cluster_BN, second_cluster_BM)
+    same_BNM, compared_BNM = pair_masks(first, second, most)
     square_BNM = (first_BND.float()[:, :, None] - second_BMD.float()[:, None, :]).square().sum(-1)
-    # The root has no gradient at 0; a negative pair at distance 0 is pushed apart from a tiny distance on.
-    distance_BNM = square_BNM.clamp_min(1e-12).sqrt()
+    # The root has no gradient at 0, so what is published adds a little; a pair at distance 0 is not pushed.
+    distance_BNM = (square_BNM + 1e-9).sqrt()
     loss_BNM = torch.where(same_BNM, square_BNM, (margin - distance_BNM).clamp_min(0).square())
-    return (loss_BNM * shared_BNM).sum() / shared_BNM.sum().clamp_min(1)
+    return Sum((loss_BNM * compared_BNM).sum(), compared_BNM.sum())
 
 
 def landmark_target(
@@ -113,7 +150,8 @@ def landmark_target(
         width: columns W of the heatmap.
 
     Returns:
-        Target (B, K, H, W) and the mask (B, K) of labelled channels.
+        Target (B, K, H, W) and the mask (B, K) of labelled channels. A label outside of the view is one too: what its
+        bump leaves within, mostly nothing, is its target.
     """
     count = len(points_BN2)
     labelled = torch.zeros(count, landmarks + 1, device=points_BN2.device, dtype=torch.bool)
@@ -135,9 +173,24 @@ def _bumps(points_BN2: Tensor, height: int, width: int) -> Tensor:
     return falloff(height, points_BN2[..., 1])[..., None] * falloff(width, points_BN2[..., 0])[..., None, :]
 
 
-def landmark_loss(heat_BKHW: Tensor, points_BN2: Tensor, cluster_BN: Tensor, active_K: Tensor) -> Tensor:
-    """Mean squared error over the active channels whose cluster is labelled in the image (paper, section 3.3)."""
+def landmark_loss(heat_BKHW: Tensor, points_BN2: Tensor, cluster_BN: Tensor, active_K: Tensor) -> Sum:
+    """Mean squared error of the active channels whose cluster is labelled in the image (paper, section 3.3)."""
     target, labelled = landmark_target(points_BN2, cluster_BN, *heat_BKHW.shape[1:])
     used_BK = labelled & active_K
     error_BK = (heat_BKHW.float() - target).square().mean((-2, -1))
-    return (error_BK * used_BK).sum() / used_BK.sum().clamp_min(1)
+    return Sum((error_BK * used_BK).sum(), used_BK.sum())
+
+
+@torch.no_grad()
+def landmark_levels(heat_BKHW: Tensor, points_BN2: Tensor, cluster_BN: Tensor, active_K: Tensor) -> dict[str, Tensor]:
+    """What tells a network that learns landmarks from one that has learnt to draw nothing.
+
+    Returns:
+        Over the channels that `landmark_loss` takes: "peak", the mean height of their maxima, and "all_zero", the loss
+        that a map of zeros would have. Scalars.
+    """
+    target, labelled = landmark_target(points_BN2, cluster_BN, *heat_BKHW.shape[1:])
+    used_BK = labelled & active_K
+    count = used_BK.sum().clamp_min(1)
+    peak_BK, zero_BK = heat_BKHW.float().amax((-2, -1)), target.square().mean((-2, -1))
+    return {"peak": (peak_BK * used_BK).sum() / count, "all_zero": (zero_BK * used_BK).sum() / count}

@@ -35,6 +35,10 @@ class Update:
     A step whose gradient is not finite is undone: weights and running averages are kept as they were before it, in
     one buffer each, and a single selection on the device puts them back. So the host need not know before the next
     step is on its way, and nothing is lost by looking at `finite` only now and then.
+
+    Weight decay is added to the gradient, as published. RMSprop divides both by the gradient's usual size, so where a
+    gradient is smaller than decay x weight the decay makes full steps: it takes up to a learning rate off such a weight
+    at each step, until nothing is left of it.
     """
 
     def __init__(self, model: nn.Module, learning_rate: float, weight_decay: float) -> None:
@@ -72,3 +76,10 @@ class Update:
         for before, buffer in zip(self._before, self._buffers, strict=True):
             torch.where(finite, buffer, before, out=buffer)
         return norm, finite
+
+    def decay_share(self) -> Tensor:
+        """Share of the weights in which the decay outweighs the gradient; a scalar on the device."""
+        group = self._optimizer.param_groups[0]
+        weights = [weight for weight in group["params"] if weight.grad is not None]
+        more = [(weight.detach().abs() * group["weight_decay"] > weight.grad.abs()).sum() for weight in weights]
+        return torch.stack(more).sum() / sum(weight.numel() for weight in weights)

@@ -3,14 +3,24 @@
 Needs torch and numpy alone, like all that it calls.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from sst.nn.augment import STRONGER, Augmentation, augment, warp_images
-from sst.nn.losses import DetectorTarget, descriptor_loss, detector_loss, landmark_loss, sample_descriptors
+from sst.nn.losses import (
+    DetectorTarget,
+    Labelled,
+    Sum,
+    descriptor_loss,
+    detector_loss,
+    landmark_levels,
+    landmark_loss,
+    sample_descriptors,
+)
 from sst.nn.precision import Precision, autocast
 from sst.nn.suppression import decode_keypoints, unite
 from sst.nn.symmetry import mirror_some
@@ -58,6 +68,11 @@ class Stage2Step:
     augmentation: Augmentation = STRONGER
 
 
+STAGE2_SCALE = 2.0
+"""The published step adds the gradients of two halves of the batch, each of its mean loss: twice that of the mean over
+all, which RMSprop does not see, but the weight decay beside it does."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """Decoded images and padded labels, on one device.
@@ -65,6 +80,7 @@ class Batch:
     Attributes:
         keys: sample keys.
         images: uint8 (B, H, W, 3), padded at right and bottom.
+        stored: float32 (B, 2), width and height without the padding.
         to_view: float32 (B, 3, 3), stored image to canonical view.
         points: float32 (B, N, 2), heatmap units.
         cluster: int64 (B, N), -1 for padding.
@@ -72,13 +88,14 @@ class Batch:
 
     keys: tuple[str, ...]
     images: Tensor
+    stored: Tensor
     to_view: Tensor
     points: Tensor
     cluster: Tensor
 
     @property
     def _tensors(self) -> tuple[Tensor, ...]:
-        return self.images, self.to_view, self.points, self.cluster
+        return self.images, self.stored, self.to_view, self.points, self.cluster
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device; the host does not wait where it is pinned."""
@@ -96,10 +113,49 @@ def random_batch(count: int, input_size: int, clusters: int) -> Batch:
     images = torch.randint(0, 256, (count, side, side, 3), generator=generator).to(torch.uint8)
     places = torch.rand(count, points, 2, generator=generator) * (input_size // 4 - 1)
     cluster = torch.randint(0, clusters, (count, points), generator=generator)
-    return Batch(tuple(map(str, range(count))), images, torch.eye(3).expand(count, 3, 3), places, cluster)
+    stored, to_view = torch.full((count, 2), float(side)), torch.eye(3).expand(count, 3, 3)
+    return Batch(tuple(map(str, range(count))), images, stored, to_view, places, cluster)
 
 
-def stage1_losses(model: nn.Module, batch: Batch, step: Stage1Step, generator: torch.Generator) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Losses:
+    """What a step minimises, on one worker's share of the batch.
+
+    Attributes:
+        parts: sums and counts by name.
+        weights: factor of each part's mean.
+        scale: factor of the whole.
+        seen: scalars that tell how it goes and that nothing is learnt from.
+    """
+
+    parts: dict[str, Sum]
+    weights: dict[str, float]
+    scale: float = 1.0
+    seen: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> Tensor:
+        """Number of terms of each part, float32; to be added up over the workers."""
+        return torch.stack([part.terms for part in self.parts.values()]).float()
+
+    def total(self, counts: Tensor | None = None) -> Tensor:
+        """This worker's summand of the loss of the whole batch.
+
+        Args:
+            counts: `counts` of all workers together; by default this one is alone.
+        """
+        whole = (self.counts if counts is None else counts).clamp_min(1).unbind()
+        weighted = [self.weights[name] * part.total for name, part in self.parts.items()]
+        return self.scale * torch.stack([each / count for each, count in zip(weighted, whole, strict=True)]).sum()
+
+    def figures(self) -> dict[str, Tensor]:
+        """The loss without its scale, its parts where there are more, and what was seen, of this share alone."""
+        means = {name: part.mean() for name, part in self.parts.items()}
+        loss = torch.stack([self.weights[name] * mean for name, mean in means.items()]).sum()
+        return {"loss": loss} | (means if len(means) > 1 else {}) | dict(self.seen)
+
+
+def stage1_losses(model: nn.Module, batch: Batch, step: Stage1Step, generator: torch.Generator) -> Losses:
     """Losses of one step of stage 1 (paper, section 3.1).
 
     Args:
@@ -107,9 +163,6 @@ def stage1_losses(model: nn.Module, batch: Batch, step: Stage1Step, generator: t
         batch: B images; pair i is two views of image i, or of image i and another of the batch.
         step: what it needs to know.
         generator: source of randomness on the batch's device.
-
-    Returns:
-        "loss" to minimise and its parts, scalars.
     """
     count, device = len(batch.keys), batch.images.device
     own = torch.arange(count, device=device)
@@ -117,11 +170,12 @@ def stage1_losses(model: nn.Module, batch: Batch, step: Stage1Step, generator: t
     different = torch.rand(count, generator=generator, device=device) < step.different_share
     second = torch.where(different, (own + shift) % count, own)
     chosen = torch.cat([own, second])
-    views, points, cluster = augment(
+    cluster = batch.cluster[chosen]
+    views, points, inside = augment(
         batch.images[chosen],
+        batch.stored[chosen],
         batch.to_view[chosen],
         batch.points[chosen],
-        batch.cluster[chosen],
         step.input_size,
         step.augmentation,
         generator,
@@ -129,11 +183,15 @@ def stage1_losses(model: nn.Module, batch: Batch, step: Stage1Step, generator: t
     with autocast(device, step.precision):
         heat, desc = model(views)
     at_points = sample_descriptors(desc.float(), points)
-    # Detector losses of both views add up; over the joined batch their sum is twice the mean.
-    detector = 2 * detector_loss(heat, points, cluster, step.detector_target)
-    descriptor = descriptor_loss(at_points[:count], at_points[count:], cluster[:count], cluster[count:], step.margin)
-    total = step.descriptor_weight * descriptor + step.detector_weight * detector
-    return {"loss": total, "detector": detector, "descriptor": descriptor}
+    # Detector losses of a pair's two views add up.
+    detector = detector_loss(heat, points, torch.where(inside, cluster, -1), step.detector_target)
+    one_view, other_view = (Labelled(cluster[rows], inside[rows]) for rows in (slice(count), slice(count, None)))
+    parts = {
+        "detector": Sum(detector.sum(), torch.full_like(detector[0], count)),
+        "descriptor": descriptor_loss(at_points[:count], at_points[count:], one_view, other_view, step.margin),
+    }
+    weights = {"detector": step.detector_weight, "descriptor": step.descriptor_weight}
+    return Losses(parts, weights, seen={"peak": heat.detach().float().amax((-2, -1)).mean()})
 
 
 def stage2_losses(
@@ -143,8 +201,10 @@ def stage2_losses(
     step: Stage2Step,
     generator: torch.Generator,
     partner_K: Tensor | None = None,
-) -> dict[str, Tensor]:
+) -> Losses:
     """Loss of one step of stage 2 (paper, section 3.3).
+
+    A channel whose label the augmentation moves out of the view learns to answer nothing there.
 
     Args:
         model: `LandmarkDetector`, perhaps wrapped for DDP.
@@ -153,23 +213,27 @@ def stage2_losses(
         step: what it needs to know.
         generator: source of randomness on the batch's device.
         partner_K: partner of every cluster in mirrored images; some images are then mirrored (beyond the paper).
+
+    Returns:
+        "loss" to minimise, and what `landmark_levels` gives; scalars.
     """
     to_view, points, cluster = batch.to_view, batch.points, batch.cluster
     if partner_K is not None:
         chosen = torch.rand(len(batch.keys), generator=generator, device=points.device) < step.flip_share
         to_view, points, cluster = mirror_some(to_view, points, cluster, chosen, partner_K, step.input_size)
-    views, points, cluster = augment(
+    views, points, _ = augment(
         batch.images,
+        batch.stored,
         to_view,
         points,
-        cluster,
         step.input_size,
         step.augmentation,
         generator,
     )
     with autocast(batch.images.device, step.precision):
         heat = model(views)
-    return {"loss": landmark_loss(heat, points, cluster, active_K)}
+    parts = {"landmarks": landmark_loss(heat, points, cluster, active_K)}
+    return Losses(parts, {"landmarks": 1.0}, STAGE2_SCALE, landmark_levels(heat, points, cluster, active_K))
 
 
 def keypoint_maps(
@@ -190,7 +254,6 @@ def describe(
     *,
     input_size: int,
     threshold: float,
-    radius: float,
     precision: Precision,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keypoints of the detector united with the previous labels, and their descriptors (paper, section 3.2).
@@ -201,7 +264,6 @@ def describe(
         previous_BP2: previous labels in heatmap units, padded with NaN.
         input_size: side S of the view.
         threshold: detector confidence above which a keypoint is taken.
-        radius: half side of the squares within which a previous label beats a keypoint, in heatmap units.
         precision: see `sst.nn.precision`.
 
     Returns:
@@ -210,7 +272,7 @@ def describe(
     """
     heat, desc = keypoint_maps(model, batch, input_size, precision)
     image_M, found_M2, _ = decode_keypoints(heat, threshold)
-    image_N, points_N2 = unite(previous_BP2, image_M, found_M2, radius)
+    image_N, points_N2 = unite(previous_BP2, image_M, found_M2, *heat.shape[-2:])
     count_B = torch.bincount(image_N, minlength=len(previous_BP2))
     slot_N = torch.arange(len(image_N), device=image_N.device) - (count_B.cumsum(0) - count_B)[image_N]
     padded_BS2 = points_N2.new_zeros(len(count_B), max(1, int(count_B.max())), 2)

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+WITHIN_CELL = 0.499
+"""Cells that a decoded point lies from the middle of its own at most, so that rounding gives its cell back."""
+
 
 def suppress(heat_BHW: Tensor, threshold: float, radius: int = 1) -> Tensor:
     """Greedy non-maximum suppression with square neighbourhoods, for all images at once.
@@ -63,28 +66,33 @@ def free_of(new_M2: Tensor, previous_MP2: Tensor, radius: float, iou: float = 0.
     return ~(common_MP > 2 * side**2 * iou / (1 + iou)).any(-1)
 
 
-def unite(previous_BP2: Tensor, image_M: Tensor, found_M2: Tensor, radius: float) -> tuple[Tensor, Tensor]:
-    """Every image's previous labels, followed by the new keypoints that none of them suppresses.
+def unite(previous_BP2: Tensor, image_M: Tensor, found_M2: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """What is left of every image's previous labels and new keypoints after one suppression over both, on whole cells.
 
-    A previous label beats a new point whatever its confidence. New points are taken as already suppressed
-    among themselves. Points and radius share one unit.
+    A previous label beats every new point, and of previous labels in one square the one that is listed first stays.
 
     Args:
-        previous_BP2: previous labels, padded with NaN.
+        previous_BP2: previous labels, padded with NaN, in heatmap units.
         image_M: image of each new keypoint.
-        found_M2: the new keypoints.
-        radius: see `free_of`.
+        found_M2: the new keypoints, already suppressed among themselves.
+        height: rows of the heatmap.
+        width: its columns.
 
     Returns:
-        Image index (N,) and points (N, 2), grouped by image.
+        Image index (N,) and points (N, 2) with their fractions of a cell: grouped by image, previous labels first.
 
-    Source: Mallis et al. 2020, section 3.2.
+    Source: Mallis et al. 2020, section 3.2, and its published code.
     """
-    free_M = free_of(found_M2, previous_BP2[image_M], radius)
     image, slot = previous_BP2[..., 0].isfinite().nonzero(as_tuple=True)
-    image_N = torch.cat([image, image_M[free_M]])
-    order_N = image_N.argsort(stable=True)
-    return image_N[order_N], torch.cat([previous_BP2[image, slot], found_M2[free_M]])[order_N]
+    image_N, points_N2 = torch.cat([image, image_M]), torch.cat([previous_BP2[image, slot], found_M2])
+    column_N, row_N = (points_N2[:, i].round().long().clamp(0, side - 1) for i, side in enumerate((width, height)))
+    rank_N = torch.arange(len(points_N2), 0, -1, device=points_N2.device, dtype=torch.float32)
+    cell_N = (image_N * height + row_N) * width + column_N
+    heat = rank_N.new_zeros(len(previous_BP2) * height * width).scatter_reduce_(0, cell_N, rank_N, reduce="amax")
+    kept = suppress(heat.view(-1, height, width), 0.0).flatten()
+    stays_N = kept[cell_N] & (heat[cell_N] == rank_N)
+    order = image_N[stays_N].argsort(stable=True)
+    return image_N[stays_N][order], points_N2[stays_N][order]
 
 
 def refine(heat_BKHW: Tensor, column_BK: Tensor, row_BK: Tensor) -> Tensor:
@@ -112,7 +120,7 @@ def refine(heat_BKHW: Tensor, column_BK: Tensor, row_BK: Tensor) -> Tensor:
 
     def vertex(before: Tensor, after: Tensor) -> Tensor:
         curvature = (2 * centre - before - after).clamp_min(1e-3)
-        return (0.5 * (after - before) / curvature).clamp(-0.5, 0.5)
+        return (0.5 * (after - before) / curvature).clamp(-WITHIN_CELL, WITHIN_CELL)
 
     x = vertex(read(column_BK - 1, row_BK), read(column_BK + 1, row_BK))
     y = vertex(read(column_BK, row_BK - 1), read(column_BK, row_BK + 1))

@@ -300,6 +300,21 @@ def annotated_examples(config: Name) -> tuple[Examples, list[str], str, str]:
     return examples, names, place, record.weights
 
 
+def learn_names(config: Name) -> tuple[NamedPoints, Examples, str]:
+    """Learns named points and keeps them beside the model.
+
+    Returns:
+        The points, what they were learnt from, and the file that they are in.
+
+    Raises:
+        UserError: as `annotated_examples`, and if a point is annotated on no image.
+    """
+    examples, names, place, weights = annotated_examples(config)
+    named = learn(examples, names, weights)
+    save_names(place, named)
+    return named, examples, storage.join(place, "names.json")
+
+
 def error_table(examples: Examples, seed: int = 0) -> Table | None:
     """Errors by number of annotated images, on images that were held out; None where there are too few to tell."""
     order = np.random.default_rng(seed).permutation(len(examples.points))

@@ -90,6 +90,9 @@ class ImageLandmarks(nn.Module):
         return points * STRIDE * ((box_4[2:] - box_4[:2]) / self.size) + box_4[:2], confidence
 
 
+NO_PICTURE = np.zeros((0, 0, 3), np.uint8)
+
+
 @dataclass(frozen=True, eq=False)
 class Found:
     """Landmarks of one object.
@@ -100,7 +103,7 @@ class Found:
         box: what the network looked at.
         points: float32 (K, 2).
         confidence: float32 (K,).
-        picture: the image to draw on, uint8 (H', W', 3), resized as `PICTURE_SIDES` says.
+        picture: the image to draw on, uint8 (H', W', 3), resized as `PICTURE_SIDES` says; empty if not asked for.
     """
 
     target: Target
@@ -112,7 +115,7 @@ class Found:
 
     def without_picture(self) -> "Found":
         """The same, for keeping many of them."""
-        return replace(self, target=replace(self.target, source=Path()), picture=np.zeros((0, 0, 3), np.uint8))
+        return replace(self, target=replace(self.target, source=Path()), picture=NO_PICTURE)
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,15 @@ def find_model(url: str) -> str:
     raise UserError(f"{url}: {what}; give a run directory of jobs.train, or its model/ directory")
 
 
+WHOLE = 0.8
+"""A model whose training boxes covered less of the stored images than this share has to be told the boxes."""
+
+
+def needs_boxes(record: ModelRecord) -> bool:
+    """Whether a model expects images cropped to the object, or its box in them."""
+    return record.figures.get("box_share", 1.0) < WHOLE
+
+
 def open_model(url: str) -> tuple[LandmarkDetector, ModelRecord, str]:
     """The detector, its record, and the directory that it lies in.
 
@@ -160,7 +172,7 @@ class _Loaded:
     picture: np.ndarray
 
 
-def _load(target: Target, view_size: int) -> "_Loaded | Unreadable":
+def _load(target: Target, view_size: int, pictures: bool) -> "_Loaded | Unreadable":
     try:
         image = target.source if isinstance(target.source, np.ndarray) else read_image(target.source)
     except UnusableImage as error:
@@ -169,7 +181,7 @@ def _load(target: Target, view_size: int) -> "_Loaded | Unreadable":
     clipped = None if target.box is None else usable_box(target.box, width, height)
     box = (0.0, 0.0, float(width), float(height)) if clipped is None else as_box(clipped)
     view = view_of_box(torch.tensor(image)[None], torch.tensor(box), view_size)[0]
-    return _Loaded(target, (width, height), box, view, _picture(image))
+    return _Loaded(target, (width, height), box, view, _picture(image) if pictures else NO_PICTURE)
 
 
 def _picture(image: np.ndarray) -> np.ndarray:
@@ -182,16 +194,19 @@ def _picture(image: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
-def predict(model: LandmarkDetector, view_size: int, targets: Iterable[Target]) -> Iterator[Found | Unreadable]:
+def predict(
+    model: LandmarkDetector, view_size: int, targets: Iterable[Target], pictures: bool = False
+) -> Iterator[Found | Unreadable]:
     """Landmarks of every object, in order; images are read in threads while the network works.
 
     Args:
         model: the detector, on the device to work on.
         view_size: side S of its view.
         targets: the objects.
+        pictures: whether images to draw on are wanted too.
     """
     device = next(model.parameters()).device
-    loaded = ordered_map(lambda target: _load(target, view_size), targets)
+    loaded = ordered_map(lambda target: _load(target, view_size, pictures), targets)
     while group := list(islice(loaded, BATCH)):
         usable = [item for item in group if isinstance(item, _Loaded)]
         rows: Iterator[Found] = iter(())

@@ -4,7 +4,7 @@ A published file is a pickled dictionary. It is read with torch's restricted unp
 containers and whatever `ALLOWED` lists: numpy arrays of plain numbers.
 
 Shape letters: K clusters, D descriptor size.
-Source: the layout of github.com/dimitrismallis/UnsupervisedLandmarks (FanModel.py: names; FanClass.py: the dictionary),
+Source: the layout of github.com/malldimi1/UnsupervisedLandmarks (FanModel.py: names; FanClass.py: the dictionary),
 see docs/fidelity.md.
 """
 

@@ -4,6 +4,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -16,18 +17,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import storage
 from sst.errors import UserError
-from sst.predict.naming import load_names
+from sst.predict.naming import NamedPoints, load_names
 from sst.predict.overlay import draw_landmarks
-from sst.predict.predictor import Found, Unreadable, open_model, predict
+from sst.predict.predictor import Found, Unreadable, needs_boxes, open_model, predict
 from sst.predict.sources import find_sources
 from sst.predict.tables import Rows, as_coco, as_csv
 from sst.progress import with_progress
 
 OUTPUTS = ("predictions.json", "predictions.csv", "named.json", "named.csv", "pictures", "named_pictures", "video.mp4")
-
-
-WHOLE = 0.8
-"""A model whose training boxes covered less of the stored images than this share has to be told the boxes."""
 
 
 class Predict(BaseModel):
@@ -74,6 +71,11 @@ class Pictures:
         self._writer.write(np.ascontiguousarray(image[:, :, ::-1]))
 
     @property
+    def is_video(self) -> bool:
+        """Whether the images are frames of one video."""
+        return self._rate is not None
+
+    @property
     def wanted(self) -> bool:
         """Whether there may be more."""
         return self._rate is not None or self.drawn < self._most
@@ -94,6 +96,48 @@ def opened(config: Predict, frames_per_second: float | None) -> Iterator[Picture
         pictures.close()
 
 
+@dataclass
+class Collected:
+    """What was predicted so far: the landmarks of each image, named points where there are names, and failures."""
+
+    names: NamedPoints | None
+    visible: float
+    found: list[Found] = field(default_factory=list)
+    unreadable: list[Unreadable] = field(default_factory=list)
+    named: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+
+    def add(self, result: Found, pictures: Pictures) -> None:
+        """Keeps an image's points, and draws them while pictures are wanted."""
+        self.found.append(result.without_picture())
+        drawings = [("pictures", result.points, result.confidence, [str(k) for k in range(len(result.points))])]
+        if self.names is not None:
+            points, confidence = self.names.on_image(result.points, result.confidence, result.box)
+            self.named.append((points, confidence))
+            if not pictures.is_video:
+                drawings.append(("named_pictures", points, confidence, self.names.names))
+        if not pictures.wanted:
+            return
+        scale = result.picture.shape[1] / result.size[0]
+        for folder, points, confidence, labels in drawings:
+            drawn = draw_landmarks(result.picture, points * scale, confidence >= self.visible, labels)
+            pictures.add(folder, result.target.file, drawn)
+        pictures.drawn += 1
+
+    def tables(self) -> dict[str, Rows]:
+        """The tables to be written, by file name."""
+        rows = [(item.points, item.confidence) for item in self.found]
+        labels = [f"landmark_{number}" for number in range(len(rows[0][0]))]
+        tables = {"predictions": self._rows(labels, rows)}
+        if self.names is not None:
+            tables["named"] = self._rows(self.names.names, self.named)
+        return tables
+
+    def _rows(self, labels: Sequence[str], rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Rows:
+        files, sizes, boxes = zip(*((item.target.file, item.size, item.box) for item in self.found), strict=True)
+        points, confidence = (np.stack(each) for each in zip(*rows, strict=True))
+        return Rows(labels, files, sizes, boxes, points, confidence, self.visible)
+
+
 def write_predictions(config: Predict) -> None:
     """Predicts, writes and says what it did.
 
@@ -104,69 +148,58 @@ def write_predictions(config: Predict) -> None:
     if not config.images:
         raise UserError("no images are named; give files, folders, patterns, one directory of shards or one video")
     sources = find_sources(config.images, config.boxes)
-    earlier = [name for name in OUTPUTS if storage.exists(storage.join(config.out, name))]
-    if earlier and not config.overwrite:
-        raise UserError(f"{config.out}: holds {earlier[0]} already; choose another --out, or replace it by --overwrite")
-    for name in earlier:
-        storage.remove(storage.join(config.out, name))
-    names = load_names(place)
-    visible = record.visible if config.visible is None else config.visible
-    if sources.whole and record.figures.get("box_share", 1.0) < WHOLE:
+    clear(config)
+    if sources.whole and needs_boxes(record):
         print(
             "note: this model learnt from boxes around the objects, and these images are seen whole; unless they are "
             "cropped to the object, give its box in each by --boxes",
             file=sys.stderr,
         )
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    landmarks = [f"landmark_{number}" for number in range(len(record.clusters))]
-    numbers = [str(number) for number in range(len(record.clusters))]
-    unreadable: list[Unreadable] = []
-    found: list[Found] = []
-    named_points, named_confidence = [], []
+    collected = Collected(load_names(place), record.visible if config.visible is None else config.visible)
     with opened(config, sources.frames_per_second) as pictures:
-        results = predict(model, record.network.input_size, sources.targets)
+        results = predict(model, record.network.input_size, sources.targets, pictures=True)
         for result in with_progress(results, "predicting", sources.total):
             if isinstance(result, Unreadable):
-                unreadable.append(result)
-                continue
-            found.append(result.without_picture())
-            if names is not None:
-                points, confidence = names.on_image(result.points, result.confidence, result.box)
-                named_points.append(points)
-                named_confidence.append(confidence)
-            if pictures.wanted:
-                scale = result.picture.shape[1] / result.size[0]
-                drawn = draw_landmarks(result.picture, result.points * scale, result.confidence >= visible, numbers)
-                pictures.add("pictures", result.target.file, drawn)
-                if names is not None and sources.frames_per_second is None:
-                    drawn = draw_landmarks(result.picture, points * scale, confidence >= visible, names.names)
-                    pictures.add("named_pictures", result.target.file, drawn)
-                pictures.drawn += 1
-    if not found:
+                collected.unreadable.append(result)
+            else:
+                collected.add(result, pictures)
+    if not collected.found:
+        unreadable = collected.unreadable
         raise UserError(
             f"none of {len(unreadable)} images is readable: "
             f"{'; '.join(f'{item.file}: {item.reason}' for item in unreadable[:3])}"
             if unreadable
             else f"{config.images[0]}: no frame could be read from it; convert it to MP4 (H.264) first"
         )
-
-    def rows(labels: Sequence[str], points: np.ndarray, confidence: np.ndarray) -> Rows:
-        files, sizes, boxes = zip(*((item.target.file, item.size, item.box) for item in found), strict=True)
-        return Rows(labels, files, sizes, boxes, points, confidence, visible)
-
-    points = np.stack([item.points for item in found])
-    written = {"predictions": rows(landmarks, points, np.stack([item.confidence for item in found]))}
-    if names is not None:
-        written["named"] = rows(names.names, np.stack(named_points), np.stack(named_confidence))
-    for name, table in written.items():
+    tables = collected.tables()
+    for name, table in tables.items():
         storage.write_bytes(storage.join(config.out, f"{name}.csv"), as_csv(table).encode())
-        storage.write_json(storage.join(config.out, f"{name}.json"), as_coco(table, unreadable))
-    seen = (written["predictions"].confidence >= visible).sum(1)
-    for item in unreadable[:10]:
+        storage.write_json(storage.join(config.out, f"{name}.json"), as_coco(table, collected.unreadable))
+    say(config, tables["predictions"], collected)
+
+
+def clear(config: Predict) -> None:
+    """Removes earlier predictions where that is permitted.
+
+    Raises:
+        UserError: if it is not.
+    """
+    earlier = [name for name in OUTPUTS if storage.exists(storage.join(config.out, name))]
+    if earlier and not config.overwrite:
+        raise UserError(f"{config.out}: holds {earlier[0]} already; choose another --out, or replace it by --overwrite")
+    for name in earlier:
+        storage.remove(storage.join(config.out, name))
+
+
+def say(config: Predict, table: Rows, collected: Collected) -> None:
+    """Prints what was found and where it lies."""
+    for item in collected.unreadable[:10]:
         print(f"unreadable {item.file}: {item.reason}")
+    visible_N = (table.confidence >= collected.visible).sum(1)
     print(
-        f"{len(found)} objects, {seen.mean():.1f} of {len(landmarks)} landmarks visible on each "
-        f"(confidence from {visible:g}), {len(unreadable)} images unreadable"
-        + ("" if len(unreadable) <= 10 else "; all are listed in predictions.json")
+        f"{len(visible_N)} objects, {visible_N.mean():.1f} of {table.confidence.shape[1]} landmarks visible on each "
+        f"(confidence from {collected.visible:g}), {len(collected.unreadable)} images unreadable"
+        + ("" if len(collected.unreadable) <= 10 else "; all are listed in predictions.json")
     )
     print(f"written to {config.out}: {', '.join(n for n in OUTPUTS if storage.exists(storage.join(config.out, n)))}")

@@ -3,7 +3,7 @@
 Shape letters: N images, K landmarks. Points are (x, y) in pixels of a 256 px view.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +130,19 @@ class Warned:
     text: str
     advice: str
     landmarks: tuple[int, ...] = ()
+
+
+def seen_on_the_way(lines: Iterable[Mapping[str, Any]]) -> list[Warned]:
+    """What a run warned of while it trained, each sign where it was first seen.
+
+    Args:
+        lines: of the metrics file.
+    """
+    first: dict[str, Warned] = {}
+    for line in lines:
+        if line["kind"] == "health":
+            first.setdefault(line["sign"], Warned(f"While training, {line['text']}", line["advice"]))
+    return list(first.values())
 
 
 def warnings_of(

@@ -97,7 +97,7 @@ def score_first_keypoints(
     record, centroids = run.record(0), run.centroids(0)
     assert record.thresholds is not None
     thresholds = np.array(record.thresholds)
-    detector = generic_detector(settings.keypoints)
+    detector = generic_detector(settings.keypoints, settings.network.input_size)
     to_pixels = SCORING_SIZE / settings.network.input_size * STRIDE
     parts = []
     for shard, numbers in annotated.rows:

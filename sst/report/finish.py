@@ -1,7 +1,7 @@
 """The end of a run: scores, pictures and the report."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from cluster import storage
 from sst.config import TrainSettings
 from sst.data.corpus import Corpus
 from sst.progress import clock
-from sst.report.advice import LandmarkFacts, landmark_facts, warnings_of
+from sst.report.advice import LandmarkFacts, Warned, landmark_facts, warnings_of
 from sst.report.evaluate_run import AnnotatedImages, score_run
 from sst.report.evaluation import Scores, percent
 from sst.report.pictures import all_predictions, draw_all
@@ -37,11 +37,21 @@ class Outcome:
     landmarks: int
     report: str
     metrics: dict[str, float]
-    pictures: dict[str, bytes]
+    pictures: dict[str, bytes] = field(repr=False)
 
 
-def finish_run(run: RunDirectory, corpus: Corpus, settings: TrainSettings, seconds: float) -> Outcome:
-    """Scores a trained run where it has annotations, draws its pictures and writes the report."""
+def finish_run(
+    run: RunDirectory, corpus: Corpus, settings: TrainSettings, seconds: float, unwell: Sequence[Warned] = ()
+) -> Outcome:
+    """Scores a trained run where it has annotations, draws its pictures and writes the report.
+
+    Args:
+        run: its directory.
+        corpus: what it was trained on.
+        settings: of the run.
+        seconds: that this start of it took.
+        unwell: what the run warned of while it trained.
+    """
     _, model = load_model(run.model_url)
     annotated = AnnotatedImages.of(corpus)
     scores = score_run(run, corpus, annotated, model.visible) if annotated is not None else None
@@ -62,7 +72,7 @@ def finish_run(run: RunDirectory, corpus: Corpus, settings: TrainSettings, secon
         settings=settings.model_dump(mode="json"),
         notes=notes(scores),
         facts=facts,
-        warnings=warnings_of(facts, rounds, told, images),
+        warnings=[*unwell, *warnings_of(facts, rounds, told, images)],
     )
     pictures = {f"figures/{figure.name}.png": figure.png for figure in drawn}
     return Outcome(run, scores, len(model.clusters), report, figures, pictures)

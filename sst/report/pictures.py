@@ -132,58 +132,35 @@ def all_predictions(run: RunDirectory, corpus: Corpus) -> tuple[np.ndarray, np.n
     return np.concatenate([a["points"] for a in arrays]), np.concatenate([a["confidence"] for a in arrays])
 
 
+CAPTIONS = {
+    "landmarks": "Landmarks on images the training has not seen. The same number and colour should sit on the same "
+    "part of the object everywhere.",
+    "before_after": "Above: the first keypoints and their clusters, where training started. Below: the landmarks it "
+    "ended with. Compare within a row: the two rows are numbered apart, so the same colour above and below is not the "
+    "same part.",
+    "errors": "Errors of the best landmarks, averaged from the best to the worst. Forward: annotated points found from "
+    "the landmarks. Backward: landmarks found from the annotated points. Lower is better.",
+    "rounds": "Label statistics over the rounds. Persistence should rise and the equivariance error fall; a sharp fall "
+    "of labels per image means that the detector loses points.",
+}
+"""What the report says under its pictures, but for the galleries."""
+
+
 def draw_all(run: RunDirectory, corpus: Corpus, model: ModelRecord, scores: Scores | None) -> list[ReportFigure]:
     """All pictures of a finished run, in the report's order."""
     size, visible = model.network.input_size, model.visible
-    drawn = []
     test = (corpus.manifest.shards_of("test") or corpus.train)[0]
     shown = choose(run, corpus, test, GRID_IMAGES, size)
-    points, confidence = np.stack(shown.points), np.stack(shown.confidence)
-    drawn.append(
-        ReportFigure(
-            "landmarks",
-            "Landmarks on images the training has not seen. The same number and colour should sit on "
-            "the same part of the "
-            "object everywhere.",
-            png(figures.landmark_grid(np.stack(shown.views), points, confidence >= visible)),
-        )
-    )
+    seen = np.stack(shown.confidence) >= visible
+    pictures = {"landmarks": figures.landmark_grid(np.stack(shown.views), np.stack(shown.points), seen)}
     before = choose(run, corpus, corpus.train[0], PAIR_IMAGES, size)
-    drawn.append(
-        ReportFigure(
-            "before_after",
-            "Above: the first keypoints and their clusters, where training started. Below: the "
-            "landmarks it ended with. Compare within a row: the two rows are numbered apart, so the same colour "
-            "above and below is not the same part.",
-            png(
-                figures.before_after(
-                    np.stack(before.views),
-                    before.first,
-                    np.stack(before.points),
-                    np.stack(before.confidence) >= visible,
-                )
-            ),
-        )
-    )
+    seen = np.stack(before.confidence) >= visible
+    pictures["before_after"] = figures.before_after(np.stack(before.views), before.first, np.stack(before.points), seen)
     if scores is not None and scores.landmarks_kept:
-        drawn.append(
-            ReportFigure(
-                "errors",
-                "Errors of the best landmarks, averaged from the best to the worst. Forward: annotated "
-                "points found from the "
-                "landmarks. Backward: landmarks found from the annotated points. Lower is better.",
-                png(figures.error_curves(scores.forward_curve, scores.backward_curve, scores.protocol)),
-            )
-        )
+        pictures["errors"] = figures.error_curves(scores.forward_curve, scores.backward_curve, scores.protocol)
     rounds = [{"round": record.number, "kind": record.kind} | record.figures for record in run.records()]
-    drawn.append(
-        ReportFigure(
-            "rounds",
-            "Label statistics over the rounds. Persistence should rise and the equivariance error fall; a sharp fall "
-            "of labels per image means that the detector loses points.",
-            png(figures.round_statistics(rounds)),
-        )
-    )
+    pictures["rounds"] = figures.round_statistics(rounds)
+    drawn = [ReportFigure(name, CAPTIONS[name], png(picture)) for name, picture in pictures.items()]
     for k, crops, marks in galleries(run, corpus, len(model.clusters), visible):
         drawn.append(
             ReportFigure(

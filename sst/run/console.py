@@ -16,8 +16,12 @@ from sst.train.schedule import Phase
 
 
 def step_line(line: dict[str, Any], left: str) -> str:
-    """One fixed-width line of a step's figures."""
+    """One fixed-width line of a step's figures; img/s: images through the network per second of wall clock."""
     losses = " ".join(f"{name} {line[name]:8.5f}" for name in ("loss", "detector", "descriptor") if name in line)
+    if "loss_of_all_zero" in line:
+        losses += f" ({100 * line['loss_of_all_zero']:3.0f} % of all-zero)"
+    if "peak" in line:
+        losses += f"  peak {line['peak']:5.3f}"
     done = f"{line['phase_step']:>6}/{line['phase_steps']:<6}"
     return (
         f"{line['phase']:<10} {done} {losses}  |g| {line['gradient_norm']:7.3f}  "
@@ -109,6 +113,8 @@ class Show:
             text, whole = round_line(line), True
         elif kind == "arithmetic":
             text, whole = arithmetic_line(line), True
+        elif kind == "health":
+            text, whole = f"warning: {line['text']} {line['advice']}", True
         elif kind == "resume":
             text, whole = f"resumed after step {line['step']}", True
         else:

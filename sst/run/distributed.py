@@ -8,40 +8,42 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from cluster.actor import KMeansSettings, start_actor
+from cluster.actor import start_actor
 from cluster.correspondence import Sample
 from cluster.dispatch import RayMap
-from cluster.kmeans import KMeansResult
+from cluster.kmeans import KMeansResult, KMeansSettings
 from sst.config import ResourceSettings, TrainSettings
 from sst.environment import RAY_ENVIRONMENT, set_environment, usable_cpus
-from sst.errors import RunFailedError, Stopped, UserError
+from sst.errors import RunFailedError, Stopped, UnwellError, UserError
 from sst.run.interrupt import StopFlag, run_stoppably
+from sst.run.metrics import MetricsReader
+from sst.run.placement import Machine
+from sst.train.run_directory import RunDirectory
 from sst.train.tools import Tools
 
 TASK_CPUS = 0.05
 """CPUs that Ray sets aside for a shard task; how many run at once is bounded by `RayMap`."""
 
 
-def start_ray(resources: ResourceSettings) -> bool:
+ALONE_GPUS = 0.6
+"""Share of a GPU beside which there is no room for another of the same size."""
+
+
+def start_ray() -> list[Machine]:
     """Joins the cluster of `RAY_ADDRESS` or of the submitted job, or starts one on this machine.
 
     Returns:
-        Whether the workers train on GPUs.
-
-    Raises:
-        UserError: if the cluster is smaller than `resources` asks for.
+        Its machines, for `sst.run.placement.place`.
     """
     # For a cluster that is started here. Task processes stay for the next round: a new one takes seconds to load torch,
     # and Ray would end them after one second in which workers hold the CPUs.
     set_environment(RAY_ENVIRONMENT | {"RAY_num_workers_soft_limit": str(usable_cpus())})
-    joins = bool(os.environ.get("RAY_ADDRESS"))
+    joins = joins_cluster()
     if not joins and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
         # Ray's own servers listen on every interface; without this token nobody else can use them. Ray reads both
         # when it is imported, so whoever has imported it has decided.
@@ -53,21 +55,18 @@ def start_ray(resources: ResourceSettings) -> bool:
             # Without an address Ray would join whatever cluster last ran on this machine.
             where: dict[str, Any] = {} if joins else {"address": "local", "num_cpus": usable_cpus()}
             ray.init(logging_level=logging.WARNING, log_to_driver=False, **where)
-    have = ray.cluster_resources()
-    gpus = have.get("GPU", 0.0)
-    workers = resources.least_workers
-    enough = gpus >= workers * resources.worker_gpus
-    if resources.gpu and not enough:
-        raise UserError(
-            f"{workers} workers with {resources.worker_gpus} GPUs each were asked for, but the cluster has "
-            f"{gpus:g}; lower --workers or leave --resources.gpu unset"
-        )
-    if workers * resources.worker_cpus > have.get("CPU", 0.0):
-        raise UserError(
-            f"{workers} workers with {resources.worker_cpus} CPUs each were asked for, but the cluster has "
-            f"{have.get('CPU', 0.0):g}; lower --workers or --resources.worker-cpus"
-        )
-    return enough and gpus > 0 if resources.gpu is None else resources.gpu
+    return [machine_of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def joins_cluster() -> bool:
+    """Whether the cluster is there before the run."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def machine_of(resources: Mapping[str, float]) -> Machine:
+    """A node as it told Ray about itself; its memory is what was free when it joined, of which Ray makes two parts."""
+    memory = resources.get("memory", 0.0) + resources.get("object_store_memory", 0.0)
+    return Machine(resources.get("CPU", 0.0), resources.get("GPU", 0.0), memory / 1e9)
 
 
 @contextmanager
@@ -96,7 +95,7 @@ def check_local_cpus(resources: ResourceSettings) -> None:
         UserError: naming both numbers.
     """
     workers = resources.least_workers
-    if not os.environ.get("RAY_ADDRESS") and workers * resources.worker_cpus > usable_cpus():
+    if not joins_cluster() and workers * resources.worker_cpus > usable_cpus():
         raise UserError(
             f"{workers} workers with {resources.worker_cpus} CPUs each need more than this machine's "
             f"{usable_cpus()} CPUs; lower --workers, or set RAY_ADDRESS to use a cluster"
@@ -109,12 +108,9 @@ def ray_tools(
     """Tools that run k-means in the actor and shards as tasks."""
     import ray
 
-    cluster = settings.cluster
-
-    def fit(sample: Sample, start: np.ndarray | None, seed: int, clusters: int) -> KMeansResult:
-        asked = KMeansSettings(clusters, cluster.iterations, seed=seed, backend=cluster.backend)
+    def fit(sample: Sample, asked: KMeansSettings) -> KMeansResult:
         try:
-            result: KMeansResult = ray.get(actor.fit.remote(list(sample), asked, start))
+            result: KMeansResult = ray.get(actor.fit.remote(list(sample), asked))
         except ray.exceptions.RayTaskError as error:
             raise error.as_instanceof_cause() from None
         return result
@@ -125,10 +121,37 @@ def ray_tools(
     return Tools(fit, RayMap(TASK_CPUS, progress), log)
 
 
-def start_kmeans(settings: TrainSettings, gpu: bool) -> Any:
-    """Starts the run's k-means actor; it takes no CPU of its own, since it works while the workers wait."""
-    gpus = settings.resources.kmeans_gpus if gpu else 0.0
-    return start_actor(num_gpus=gpus, num_cpus=0, members=settings.cluster.actors)
+def start_kmeans(settings: TrainSettings, gpu: bool, alone: bool = False) -> Any:
+    """Starts the run's k-means actor; it takes no CPU of its own, since it works while the workers wait.
+
+    Args:
+        settings: of the run.
+        gpu: whether the workers train on GPUs.
+        alone: whether there are no workers yet.
+    """
+    return start_actor(
+        num_gpus=kmeans_gpus(settings, alone) if gpu else 0.0, num_cpus=0, members=settings.cluster.actors
+    )
+
+
+def kmeans_gpus(settings: TrainSettings, alone: bool) -> float:
+    """Share of a GPU for each k-means actor.
+
+    Several need a GPU each. Beside workers there is no room for two on one; without workers Ray would put small shares
+    together, so there they ask for more than half.
+    """
+    own = settings.resources.kmeans_gpus
+    return max(own, ALONE_GPUS) if alone and settings.cluster.actors > 1 else own
+
+
+def beside_workers(actor: Any, settings: TrainSettings, gpu: bool) -> Any:
+    """The k-means actor for the time when workers train; another one if `kmeans_gpus` differ."""
+    if not gpu or kmeans_gpus(settings, True) == kmeans_gpus(settings, False):
+        return actor
+    import ray
+
+    ray.kill(actor)
+    return start_kmeans(settings, gpu)
 
 
 def kmeans_backend(actor: Any, settings: TrainSettings) -> str:
@@ -151,6 +174,7 @@ def train_on_workers(settings: TrainSettings, corpus_url: str, run_url: str, act
     Raises:
         KeyboardInterrupt: after Ctrl-C or SIGTERM, when the workers have saved and ended; see `sst.run.interrupt`.
         RunFailedError: if more workers were lost than `max_failures`, or a worker raised; the message is its own.
+        UnwellError: if the run ended itself at a sign that it comes to nothing.
     """
     import ray.train
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -181,6 +205,19 @@ def train_on_workers(settings: TrainSettings, corpus_url: str, run_url: str, act
         run_stoppably(trainer.fit, StopFlag(run_url))
     except ray.train.TrainingFailedError as error:
         raise RunFailedError(str(error)) from None
+    if not RunDirectory(run_url).has_model() and (said := why_unwell(run_url)):
+        raise UnwellError(said)
+
+
+def why_unwell(run_url: str) -> str | None:
+    """The last sign for which a run may have ended itself, with what to do about it."""
+    lines = [line for line in MetricsReader(run_url).new_lines() if line["kind"] == "health" and line["ends"]]
+    if not lines:
+        return None
+    return (
+        f"{lines[-1]['text']} {lines[-1]['advice']} The same command without --stop-when-unwell goes on from the last "
+        "checkpoint; with other settings take another --name."
+    )
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
@@ -194,7 +231,6 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     from sst.nn.precision import keep_freed_memory
     from sst.run.metrics import MetricsFile
     from sst.train.finish import Finisher
-    from sst.train.run_directory import RunDirectory
     from sst.train.trainer import Trainer
     from sst.train.workers import Group
 

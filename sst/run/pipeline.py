@@ -15,14 +15,25 @@ from sst.config import TrainSettings
 from sst.data.corpus import Corpus, open_corpus
 from sst.errors import UserError
 from sst.predict.export import as_onnx, exported_program, mlflow_files
+from sst.report.advice import seen_on_the_way
 from sst.report.finish import Outcome, finish_run
 from sst.report.pictures import draw_round
 from sst.run.claim import as_begun, claim, with_absolute_weights
 from sst.run.console import Show
-from sst.run.distributed import check_local_cpus, kmeans_backend, ray_tools, start_kmeans, start_ray, train_on_workers
+from sst.run.distributed import (
+    beside_workers,
+    check_local_cpus,
+    joins_cluster,
+    kmeans_backend,
+    ray_tools,
+    start_kmeans,
+    start_ray,
+    train_on_workers,
+)
 from sst.run.interrupt import terminable
 from sst.run.lock import RunHeldError, RunLock
 from sst.run.metrics import MetricsFile, MetricsReader
+from sst.run.placement import Placement, place
 from sst.run.preflight import check_disk, check_nodes
 from sst.run.provenance import provenance
 from sst.run.tracking import Tracker, Tracking
@@ -56,7 +67,7 @@ def train_run(
     """
     started = time.monotonic()
     settings = with_absolute_weights(settings)
-    generic_detector(settings.keypoints)
+    generic_detector(settings.keypoints, settings.network.input_size)
     check_local_cpus(settings.resources)
     corpus, run = open_corpus(storage.absolute(shards)), RunDirectory(storage.absolute(run_url))
     check_disk(settings, sum(shard.samples for shard in corpus.manifest.shards), run.url)
@@ -86,10 +97,13 @@ def tracked_run(
     status = "FAILED"
     try:
         with showing(run, settings, corpus, tracker) as show:
-            gpu = start_ray(settings.resources)
+            placed = place(settings, start_ray(), joins_cluster())
+            settings, gpu = settings.with_workers(placed.workers), placed.gpu
+            if placed.warning:
+                show.say(f"warning: {placed.warning}")
             check_nodes()
-            actor = start_kmeans(settings, gpu)
-            show.say(describe(settings, corpus, gpu, kmeans_backend(actor, settings)))
+            actor = start_kmeans(settings, gpu, alone=True)
+            show.say(describe(corpus, placed, kmeans_backend(actor, settings)))
             metrics = MetricsFile(run.url)
             try:
                 tools = ray_tools(settings, actor, metrics.write, "keypoints")
@@ -99,8 +113,9 @@ def tracked_run(
             except ValueError as error:
                 raise UserError(str(error)) from error
             if not run.has_model():
-                train_on_workers(settings, corpus.url, run.url, actor, gpu)
-        outcome = finish_run(run, corpus, settings, time.monotonic() - started)
+                train_on_workers(settings, corpus.url, run.url, beside_workers(actor, settings, gpu), gpu)
+        unwell = seen_on_the_way(MetricsReader(run.url).new_lines())
+        outcome = finish_run(run, corpus, settings, time.monotonic() - started, unwell)
         tracker.log(outcome.metrics, 0)
         tracker.log_files(outcome.pictures | {"report.html": storage.read_bytes(outcome.report)})
         track_model(run, tracker, tracking.register)
@@ -125,13 +140,10 @@ def share_keypoints(settings: TrainSettings, corpus: Corpus, folder: str, tools:
             time.sleep(POLL_SECONDS)
 
 
-def describe(settings: TrainSettings, corpus: Corpus, gpu: bool, kmeans: str) -> str:
+def describe(corpus: Corpus, placed: Placement, kmeans: str) -> str:
     """What the run works with, in one line."""
-    images, workers = corpus.manifest.samples_of("train"), settings.resources.workers.replace(":", " to ")
-    return (
-        f"{images} training images in {len(corpus.train)} shards; {workers} workers on {'GPUs' if gpu else 'CPUs'}; "
-        f"k-means by {kmeans}"
-    )
+    images = corpus.manifest.samples_of("train")
+    return f"{images} training images in {len(corpus.train)} shards; {placed.said}; k-means by {kmeans}"
 
 
 @contextmanager
@@ -154,6 +166,8 @@ def showing(run: RunDirectory, settings: TrainSettings, corpus: Corpus, tracker:
             show.line(line)
             if line["kind"] == "round":
                 drawing.submit(draw, line["round"])
+            elif line["kind"] == "health":
+                tracker.log_tags({f"unwell/{line['sign']}": line["text"]})
 
     def watch() -> None:
         while not stop.wait(POLL_SECONDS):

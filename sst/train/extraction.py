@@ -22,16 +22,14 @@ from sst.nn.network import LandmarkDetector
 from sst.nn.precision import Precision, autocast
 from sst.nn.steps import Batch, describe, keypoint_maps
 from sst.nn.suppression import decode_keypoints, decode_landmarks
-from sst.nn.symmetry import Symmetry, find_symmetry, mirror_matrix
+from sst.nn.symmetry import mirror_matrix
 from sst.train.keypoints import VIEW, KeypointDetector
+from sst.train.symmetry import Symmetry, find_symmetry
 
 logger = logging.getLogger(__name__)
 
 BATCH = 64
 """Images per forward pass without gradients."""
-
-SUPPRESSION = 1.0
-"""Half side of the squares, in heatmap cells, within which a previous label beats a new keypoint."""
 
 
 def first_keypoints(
@@ -135,7 +133,6 @@ def extract_descriptors(
             labels,
             input_size=input_size,
             threshold=threshold,
-            radius=SUPPRESSION,
             precision=precision,
         )
         for values, own in zip((counts, points, descriptors), found, strict=True):

@@ -4,6 +4,7 @@ Every step is a task per shard; what travels between them is row counts, a refer
 """
 
 import time
+from dataclasses import replace
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -46,7 +47,7 @@ def keypoints_hash(settings: TrainSettings, corpus: Corpus) -> str:
     """Names all that the first keypoints depend on: runs for which it is equal can share them."""
     told = settings.model_dump_json(include={"seed": True, "keypoints": True, "network": {"input_size"}})
     if settings.keypoints.remove_background:  # which clusters the descriptors
-        told += settings.cluster.model_dump_json(exclude={"clusters", "warm_start"})
+        told += settings.cluster.model_dump_json(exclude={"clusters", "keep_identities"})
     return storage.sha256(f"{corpus.manifest_hash} {told}".encode())[:16]
 
 
@@ -76,11 +77,11 @@ def make_first_round(
         run.round_url(0),
         folder,
         first.rows,
-        lambda sample, start: tools.fit(sample, start, seed, settings.cluster.clusters),
+        lambda sample: tools.fit(sample, settings.cluster.kmeans(seed)),
         tools.run_on_shards,
         sample=settings.cluster.sample,
         seed=seed,
-        start=None,
+        previous=None,
     )
     record = RoundRecord(
         number=0,
@@ -149,7 +150,7 @@ def detect_shard(corpus: str, shard: ShardInfo, target: str, settings: TrainSett
     keypoints, inside = first_keypoints(
         corpus,
         shard,
-        generic_detector(settings.keypoints),
+        generic_detector(settings.keypoints, settings.network.input_size),
         settings.network.input_size,
         background=settings.keypoints.remove_background,
     )
@@ -195,7 +196,7 @@ def background_centroids(
         drawn = sample_rows([len(own) for own in rows], settings.cluster.sample, seed)
         sample = [(url, own[chosen]) for url, own, chosen in zip(urls, rows, drawn, strict=True)]
         try:
-            centroids.append(tools.fit(sample, None, seed, wanted).centroids)
+            centroids.append(tools.fit(sample, replace(settings.cluster.kmeans(seed), clusters=wanted)).centroids)
         except ValueError as error:
             side = "inside" if where else "outside"
             raise ValueError(

@@ -3,7 +3,7 @@
 import logging
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,16 +58,20 @@ class Skips:
 
 
 class Meter:
-    """Means of the losses and the speed since the last line; reads the device only when a line is made."""
+    """Means of the losses and the speed since the last line; reads the device only when a line is made.
+
+    Speed is images that passed through the network, over all workers, per second of wall clock: every second of a phase
+    counts for one line, whatever it went into (steps, waiting, checkpoints).
+    """
 
     def __init__(self, phase: Phase, workers: int) -> None:
         """Starts counting."""
         self.phase, self.workers = phase, workers
-        self._reset()
+        self._reset(time.monotonic())
 
-    def _reset(self) -> None:
+    def _reset(self, now: float) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.steps, self.waited, self.since = 0, 0.0, time.monotonic()
+        self.steps, self.waited, self.since = 0, 0.0, now
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -82,12 +86,22 @@ class Meter:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, torch.zeros((), device=value.device)) + value.detach()
 
-    def line(self, step: int, phase_step: int) -> dict[str, Any]:
-        """The metrics since the last line, which starts a new one."""
-        seconds = time.monotonic() - self.since
+    def line(self, step: int, phase_step: int, present: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """The metrics since the last line, which starts a new one.
+
+        Args:
+            step: optimizer steps of the run.
+            phase_step: of the phase.
+            present: scalars of this moment, beside the means over the steps.
+        """
         means = {name: float(total) / self.steps for name, total in self.sums.items()}
+        means |= {name: float(value) for name, value in (present or {}).items()}
+        if all_zero := means.pop("all_zero", 0.0):
+            means["loss_of_all_zero"] = means["loss"] / all_zero
+        now = time.monotonic()  # after the device was waited for, which is part of the steps
+        seconds = now - self.since
         speed = {
-            "images_per_second": self.steps * self.phase.batch / seconds,
+            "images_per_second": self.steps * self.phase.views / seconds,
             "waiting_share": self.waited / seconds,
             "memory_gb": peak_memory_gb(),
             "workers": self.workers,
@@ -98,7 +112,7 @@ class Meter:
             "stage": self.phase.stage,
             "round": self.phase.round,
         }
-        self._reset()
+        self._reset(now)
         return line | {"step": step, "phase_step": phase_step, "phase_steps": self.phase.steps} | means | speed
 
 

@@ -16,7 +16,9 @@ from torch import nn
 
 from cluster import storage
 from cluster.correspondence import (
+    SAME_PLACE,
     Correspondence,
+    PreviousLabels,
     correspond,
     descriptors_folder,
     descriptors_url,
@@ -37,6 +39,7 @@ from sst.train.extraction import (
     predict_shard,
     shard_symmetry,
 )
+from sst.train.health import kept_shares
 from sst.train.run_directory import RoundRecord, RunDirectory
 from sst.train.schedule import derived_seed
 from sst.train.tools import Tools
@@ -47,9 +50,6 @@ EQUIVARIANCE_IMAGES = 64
 
 ROUND_SEED = 1
 """Purpose number in `derived_seed`."""
-
-PERSISTENCE_RADIUS = 1.5
-"""Heatmap cells within which a label of the same cluster counts as the same label."""
 
 
 @dataclass(frozen=True)
@@ -76,21 +76,23 @@ class RoundMaker:
         extracted = time.monotonic()
         if self.group.rank == 0:
             seed = derived_seed(self.settings.seed, ROUND_SEED, number)
-            warm = self.settings.cluster.warm_start and previous.kind == "correspondence"
+            before = PreviousLabels(self.run.round_url(previous.number), np.array(previous.thresholds, np.float32))
             found = correspond(
                 self.run.round_url(number),
                 descriptors_folder(self.run.round_url(number)),
                 rows,
-                lambda sample, start: self.tools.fit(sample, start, seed, self.settings.cluster.clusters),
+                lambda sample: self.tools.fit(sample, self.settings.cluster.kmeans(seed)),
                 self.tools.run_on_shards,
                 sample=self.settings.cluster.sample,
                 seed=seed,
-                start=self.run.centroids(previous.number) if warm else None,
+                previous=before if self.settings.cluster.keep_identities else None,
             )
             moved, found_again = (
                 self._equivariance(called, found),
                 self._persistence(previous, found.thresholds, number),
             )
+            figures = correspondence_figures(found)
+            earlier = [each.figures for each in self.run.records() if each.kind == "correspondence"]
             seconds = {"extract": extracted - started} | found.seconds
             record = RoundRecord(
                 number=number,
@@ -103,7 +105,11 @@ class RoundMaker:
                 thresholds=found.thresholds.tolist(),
                 active=(found.population > self.settings.stage2.min_population).tolist(),
                 population=found.population.tolist(),
-                figures=correspondence_figures(found) | {"unusable_descriptors": dropped} | found_again | moved,
+                figures=figures
+                | kept_shares(figures, earlier)
+                | {"unusable_descriptors": dropped}
+                | found_again
+                | moved,
                 seconds=seconds | {"figures": time.monotonic() - started - sum(seconds.values())},
             )
             self.run.finish_round(record, found.kmeans.centroids)
@@ -134,12 +140,13 @@ class RoundMaker:
         shares = [reduce(add, own) for own in self.group.gather(overlaps) if own]
         if self.group.rank == 0:
             overlap = reduce(add, shares)
-            mapping = merge_plan(overlap, two.merge_share)
+            population_before = np.array(previous.population)
+            mapping = merge_plan(overlap, population_before, two.merge_share)
             url = self.run.round_url(number)
             shards = [shard.file for shard in self.corpus.train]
             counts = self.tools.run_on_shards(
                 merge_shard,
-                [(self.run, previous, s, labels_url(url, s), mapping, overlap.confident) for s in shards],
+                [(self.run, previous, s, labels_url(url, s), mapping, population_before) for s in shards],
             )
             population = np.sum([population for population, _ in counts], 0)
             active = np.array(previous.active) & (mapping == np.arange(len(mapping)))
@@ -211,8 +218,8 @@ class RoundMaker:
         return everyone, sum(self.group.gather(dropped))
 
     def _persistence(self, previous: RoundRecord, thresholds: np.ndarray, number: int) -> dict[str, float]:
-        if previous.kind != "correspondence":
-            return {}  # clusters of the first keypoints have other numbers
+        if not self.settings.cluster.keep_identities:
+            return {}  # the previous clusters had other numbers
         shards = [shard.file for shard in self.corpus.train]
         url = self.run.round_url(number)
         shares = self.tools.run_on_shards(
@@ -254,10 +261,10 @@ def merge_shard(
     shard: str,
     target: str,
     mapping: np.ndarray,
-    confident: np.ndarray,
+    population: np.ndarray,
 ) -> tuple[np.ndarray, int]:
     """Writes a shard's merged labels; returns labels per cluster and the number of images."""
-    labels = apply_merge(run.labels(previous, shard), mapping, confident)
+    labels = apply_merge(run.labels(previous, shard), mapping, population)
     labels.save(target)
     return np.bincount(labels.cluster, minlength=len(mapping)), len(labels)
 
@@ -267,5 +274,5 @@ def shard_persistence(
 ) -> tuple[float, int]:
     """Share of a shard's previous labels that are found again, and how many previous labels there were."""
     before = run.labels(previous, shard)
-    share = label_persistence(before, Labels.load(current).below(thresholds), PERSISTENCE_RADIUS)
+    share = label_persistence(before, Labels.load(current).below(thresholds), SAME_PLACE)
     return (share if len(before.points) else 0.0), max(1, len(before.points))

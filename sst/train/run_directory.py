@@ -37,7 +37,7 @@ class RoundRecord(BaseModel):
         thresholds: per-cluster distance thresholds, applied when labels are read; None: all labels count.
         active: clusters that may become landmarks.
         population: labels per cluster over the training images.
-        partner: of every cluster in mirrored images, see `sst.nn.symmetry.Symmetry`; None if it was not sought.
+        partner: of every cluster in mirrored images, see `sst.train.symmetry.Symmetry`; None if it was not sought.
         figures: the round's numbers, as shown in the report.
         seconds: time by phase.
     """
@@ -70,7 +70,7 @@ class LandmarkRecord(BaseModel):
     Attributes:
         images: their number.
         repeatability: (K,), see `sst.train.consistency.repeatability`.
-        partner: (K,), see `sst.nn.symmetry.Symmetry`.
+        partner: (K,), see `sst.train.symmetry.Symmetry`.
         swap_share: (K,), likewise.
     """
 

@@ -32,6 +32,11 @@ class Phase:
     batch: int
     min_labels: int
 
+    @property
+    def views(self) -> int:
+        """Images that pass through the network in a step, over all workers: both views of each pair in stage 1."""
+        return 2 * self.batch if self.stage == 1 else self.batch
+
 
 def plan(settings: TrainSettings, images: int) -> list[Phase]:
     """The run's phases: warm-up, rounds, and stage 2 cut at its mergings."""
@@ -55,16 +60,19 @@ def plan(settings: TrainSettings, images: int) -> list[Phase]:
 def learning_rate(settings: TrainSettings, phase: Phase, step: int) -> float:
     """Learning rate of a phase's step.
 
-    Stage 1: in each phase a cosine from the first to the last rate in `cosine_steps` equal steps. Stage 2: a
-    tenth after each milestone. Source: Mallis et al. 2020, section 4.
+    Stage 1: constant in the warm-up; each round is cut into `cosine_steps` equal parts, at whose beginnings the rate
+    falls along a cosine that would reach its floor where the next round begins. Stage 2: a tenth after each
+    milestone. Source: Mallis et al. 2020, section 4, and its published code.
     """
     if phase.stage == 2:
         passed = sum(phase.stage_step + step >= milestone for milestone in settings.stage2.milestones)
         return settings.stage2.learning_rate * 0.1**passed
     one = settings.stage1
-    share = (step * one.cosine_steps // phase.steps) / max(1, one.cosine_steps - 1)
-    swing = one.learning_rate - one.last_learning_rate
-    return one.last_learning_rate + 0.5 * swing * (1 + math.cos(math.pi * min(1.0, share)))
+    if phase.stage_step < one.warmup_iterations:
+        return one.learning_rate
+    share = (step * one.cosine_steps // phase.steps) / one.cosine_steps
+    swing = one.learning_rate - one.floor_learning_rate
+    return one.floor_learning_rate + 0.5 * swing * (1 + math.cos(math.pi * share))
 
 
 def derived_seed(*parts: int) -> int:

@@ -12,8 +12,8 @@ margin at the border, rows and columns beyond a multiple of 8 without points, de
 bilinearly from scale 1 and normalised again.
 
 Different on purpose: the published code weighs red and blue the wrong way round in the grey image, maps points of
-the magnified copies back around a centre half a pixel off (0.1 to 0.2 px), reads descriptors half a pixel off (more
-where the sides are no multiples of 8), and goes on with random weights where the file cannot be read.
+the magnified copies back around a centre half a pixel off (0.1 to 0.2 px), and reads descriptors half a pixel off (more
+where the sides are no multiples of 8).
 """
 
 import io

@@ -4,11 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from cluster.correspondence import Sample
 from cluster.dispatch import ShardMap, map_serially
-from cluster.kmeans import KMeansResult
+from cluster.kmeans import KMeansResult, KMeansSettings
 
 
 @dataclass(frozen=True)
@@ -16,14 +14,13 @@ class Tools:
     """What rank 0 uses to make a round; tests pass local versions.
 
     Attributes:
-        fit: k-means on (descriptor shard, row numbers) pairs, from start centroids or none, with a seed and a number
-            of clusters.
+        fit: k-means on (descriptor shard, row numbers) pairs.
         run_on_shards: runs a function per shard.
         log: takes one line of figures.
         stop: whether the run is to end after a checkpoint.
     """
 
-    fit: Callable[[Sample, np.ndarray | None, int, int], KMeansResult]
+    fit: Callable[[Sample, KMeansSettings], KMeansResult]
     run_on_shards: ShardMap = map_serially
     log: Callable[[dict[str, Any]], None] = lambda line: None
     stop: Callable[[], bool] = lambda: False

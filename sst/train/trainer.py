@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,13 @@ from cluster import storage
 from sst.config import TrainSettings
 from sst.data.corpus import Corpus
 from sst.data.loader import Undecodable, batches, training_examples
-from sst.errors import Stopped
+from sst.errors import Stopped, Unwell
 from sst.nn.network import DetectorDescriptor, LandmarkDetector
 from sst.nn.optimizer import Update
 from sst.nn.precision import Precision, laid_out, obstacle_to_compiling, uses_bf16
-from sst.nn.steps import Batch, stage1_losses, stage2_losses
+from sst.nn.steps import Batch, Losses, stage1_losses, stage2_losses
 from sst.train.checkpoint import latest_checkpoint, write_checkpoint
+from sst.train.health import Watch, dead_scales, signs
 from sst.train.meters import Meter, Skips
 from sst.train.rounds import RoundMaker
 from sst.train.run_directory import RoundRecord, RunDirectory
@@ -63,6 +64,7 @@ class Trainer:
         self.phases = plan(settings, sum(shard.samples for shard in corpus.train))
         self.undecodable = Undecodable()
         self.skips = Skips(group, run, tools)
+        self.watch = Watch(signs(settings))
         self.compiles = False
 
     def __call__(self) -> LandmarkDetector:
@@ -75,6 +77,7 @@ class Trainer:
             FloatingPointError: if losses stay without a finite value.
             RuntimeError: if a GPU's memory is full; the message has what to try.
             Stopped: after a checkpoint, if `tools.stop` asks for it.
+            Unwell: after a checkpoint, at a sign that the run comes to nothing, if `stop_when_unwell` is set.
             ValueError: if a shard or record is damaged, or too few descriptors are found.
         """
         self._settle_arithmetic()
@@ -82,6 +85,8 @@ class Trainer:
         first, done = self._restore()
         for index, phase in enumerate(self.phases[first:], start=first):
             record = self.run.record(phase.round)
+            if self._unwell(record.line() if record.kind == "correspondence" else None):
+                raise Unwell
             if phase.stage == 2 and isinstance(self.learner.network, DetectorDescriptor):
                 self._start_stage2(len(record.active))
             try:
@@ -115,7 +120,6 @@ class Trainer:
         phase, learner, losses_of = self.phases[index], self.learner, self._losses_of(self.phases[index], record)
         generator = torch.Generator(self.group.device)
         learner.network.train()
-        share = self.group.share_of(phase.batch)
         meter = Meter(phase, self.group.world)
         stream = self.stream(phase, done, record) if done < phase.steps else iter(())
         for step in range(done, phase.steps):
@@ -125,29 +129,32 @@ class Trainer:
             generator.manual_seed(derived_seed(self.settings.seed, STEP_SEED, self.group.rank, global_step))
             learner.network.zero_grad()
             losses = losses_of(learner.with_gradients, batch, generator=generator)
-            # DDP takes the mean over the workers, each of which has the mean over its share of the batch.
-            (losses["loss"] * (share * self.group.world / phase.batch)).backward()
+            # DDP takes the mean over the workers, each of which has a summand of the loss of the whole batch.
+            (losses.total(self.group.total(losses.counts)) * self.group.world).backward()
             # DDP has averaged the gradients, so their norm, and what follows from it, is the same on all ranks.
             rate = learning_rate(self.settings, phase, step)
             norm, finite = learner.update(rate)
-            meter.add(losses | {"gradient_norm": norm})
+            meter.add(losses.figures() | {"gradient_norm": norm})
             self.skips.add(global_step, batch.keys, finite)
             last = step + 1 == phase.steps
-            stop = (global_step + 1) % LOG_STEPS == 0 and self._stop_asked()
+            unwell = False
+            if (step + 1) % LOG_STEPS == 0 or last:
+                line = meter.line(global_step + 1, step + 1, self._weights_figures()) | {"learning_rate": rate}
+                self.tools.log(line)
+                unwell = self._unwell(line, phase.stage_step + step + 1)
+            stop = unwell or ((global_step + 1) % LOG_STEPS == 0 and self._stop_asked())
             saves = (step + 1) % self.settings.resources.checkpoint_steps == 0 or last or stop
             if (step + 1) % LOG_STEPS == 0 or saves:
                 self.skips.look()
-            if (step + 1) % LOG_STEPS == 0 or last:
-                self.tools.log(meter.line(global_step + 1, step + 1) | {"learning_rate": rate})
             if saves:
                 self._checkpoint(index, step + 1)
             if stop:
-                raise Stopped
+                raise Unwell if unwell else Stopped
         reasons = {key: why for own in self.group.gather(self.undecodable.reasons) for key, why in own.items()}
         if reasons:
             self.tools.log({"kind": "undecodable", "samples": reasons})
 
-    def _losses_of(self, phase: Phase, record: RoundRecord) -> Callable[..., dict[str, Tensor]]:
+    def _losses_of(self, phase: Phase, record: RoundRecord) -> Callable[..., Losses]:
         """What a step of a phase computes of the network, a batch and a generator."""
         if phase.stage == 1:
             return partial(stage1_losses, step=self.settings.stage1_step())
@@ -162,6 +169,18 @@ class Trainer:
     def _stop_asked(self) -> bool:
         """Whether the run is to end; all workers answer alike."""
         return any(self.group.gather(self.group.rank == 0 and self.tools.stop()))
+
+    def _weights_figures(self) -> dict[str, Tensor]:
+        """What the weights and their gradients tell of the run's health; scalars on the device."""
+        return {"decay_share": self.learner.update.decay_share(), "dead_scales": dead_scales(self.learner.network)}
+
+    def _unwell(self, line: dict[str, Any] | None, stage_step: int = 0) -> bool:
+        """Warns of signs that the run comes to nothing; whether it is to end for them, on which all workers agree."""
+        found = self.watch.look(line, stage_step) if line is not None and self.group.rank == 0 else []
+        for each in found:
+            self.tools.log(each.line())
+        stops = self.settings.resources.stop_when_unwell
+        return stops and any(self.group.gather(any(each.sign.ends for each in found)))
 
     def stream(self, phase: Phase, done: int, record: RoundRecord) -> Iterator[Batch]:
         """This worker's batches of a phase, from step `done` of it on."""

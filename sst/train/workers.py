@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -25,6 +25,12 @@ class Group:
         """Returns when all workers are here."""
         if self.world > 1:
             dist.barrier()
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of all workers' values, on every worker; the host does not wait for it."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
 
     def gather(self, value: Any) -> list[Any]:
         """Every worker's value, in rank order, on every worker."""

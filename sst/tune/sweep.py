@@ -10,9 +10,9 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -23,10 +23,11 @@ from sst.data.corpus import open_corpus
 from sst.environment import set_environment
 from sst.errors import RunFailedError, UserError
 from sst.progress import clock
-from sst.run.distributed import start_ray
+from sst.run.distributed import joins_cluster, start_ray
 from sst.run.lock import RunLock
 from sst.run.metrics import MetricsReader
 from sst.run.pipeline import train_run
+from sst.run.placement import Machine, gpu_room, place_trial
 from sst.run.tracking import Tracker, Tracking, noted_run
 from sst.train.first_round import keypoints_hash
 from sst.train.run_directory import RunDirectory
@@ -169,15 +170,16 @@ def run_sweep(sweep: Sweep, *, concurrent: int | None, early_stop: bool, resume:
     set_environment(TUNE_ENVIRONMENT)
     with RunLock(sweep.url):
         sweep.claim(resume)
-        resources = sweep.settings.resources
-        gpu = start_ray(resources)
+        machines = start_ray()
+        placed = place_trial(sweep.settings, machines, joins_cluster())
+        if placed.warning:
+            say(f"warning: {placed.warning}")
+        sweep = replace(sweep, settings=sweep.settings.with_workers(placed.workers))
         from ray import tune
         from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
         logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # it misses files that nobody asked for
-        room = concurrent or room_for(
-            resources.most_workers, resources.worker_gpus if gpu else resources.worker_cpus, gpu
-        )
+        room = concurrent or room_for(sweep.settings, machines, placed.gpu)
         scheduler: Any = FIFOScheduler()
         stage1 = sweep.settings.stage1
         if early_stop and stage1.rounds:
@@ -255,12 +257,13 @@ def beside_this_process() -> dict[str, float]:
     return {"CPU": TRIAL_CPUS, f"node:{ray.util.get_node_ip_address()}": NODE_SHARE}
 
 
-def room_for(workers: int, each: float, gpu: bool) -> int:
-    """How many trials the cluster can train at once."""
-    import ray
-
-    have = ray.cluster_resources().get("GPU" if gpu else "CPU", 0.0)
-    return max(1, int(have / (workers * each + (0.0 if gpu else TRIAL_CPUS))))
+def room_for(settings: TrainSettings, machines: Sequence[Machine], gpu: bool) -> int:
+    """How many trials with these settings the cluster can train at once."""
+    workers = settings.resources.most_workers
+    if gpu:
+        return max(1, gpu_room(settings, machines) // workers)
+    cpus = sum(machine.cpus for machine in machines)
+    return max(1, int(cpus / (workers * settings.resources.worker_cpus + TRIAL_CPUS)))
 
 
 def run_trial(config: dict[str, int], sweep: Sweep) -> None:

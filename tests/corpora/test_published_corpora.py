@@ -470,6 +470,29 @@ def test_ls3d_splits_points_and_boxes(tmp_path: Path) -> None:
         assert in_view(stored[name].meta) == pytest.approx(expected, abs=2e-3 if spread > 50 else 2e-2)
 
 
+@pytest.mark.parametrize("source", ["celeba", "ls3d", "bbcpose"])
+def test_no_training_box_comes_from_annotated_points_where_a_detector_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bbc_archive: Path, source: str
+) -> None:
+    """With a box of one image alone those of the others are named as missing; with all of them it packs."""
+    trees = {"celeba": celeba_tree, "ls3d": ls3d_tree, "bbcpose": lambda _: bbc_archive}
+    root = trees[source](tmp_path / "archive")
+    shown = {name: s for name, s in packed(source, root).items() if s.meta.split == "train"}
+    header = "file,box_x0,box_y0,box_x1,box_y1"
+    rows = [f"{name.removeprefix('300W_LP/')},{20 + n},30,{90 + n},120" for n, name in enumerate(sorted(shown))]
+    table = tmp_path / "boxes.csv"
+    told = ("--annotations", str(table), "--boxes", "detector")
+    write(table, "\n".join([header, rows[0]]))
+    others = f"and {len(rows) - 2} others; expected one for every training image"
+    refused(capsys, source, root, ("boxes.csv: no box of", others), *told)
+    write(table, "\n".join([header, *rows]))
+    after = packed(source, root, *told)
+    for n, name in enumerate(sorted(shown)):
+        x0, _, x1, _ = after[name].meta.box
+        width = 70 + (0 if source == "bbcpose" else 2 * margin_of(20 + n, 30, 90 + n, 120))
+        assert x1 - x0 == pytest.approx(width, abs=1)
+
+
 def test_ls3d_with_published_boxes(tmp_path: Path) -> None:
     write(
         tmp_path / "boxes.csv",
@@ -691,14 +714,14 @@ def test_human36m_frames_points_and_boxes(human_archive: Path, tmp_path: Path) -
         assert in_view(meta) == pytest.approx(view_oracle(joints, box_in(frame)), abs=2e-3)
         x0, y0, x1, y1 = meta.box
         image = decode_jpeg(stored[source].jpeg)
-        assert image.shape == (358, 358, 3)  # 450 px, shrunk so that the box has 256
-        assert (x1 - x0, y1 - y0) == pytest.approx((256, 256), abs=0.3)
-        assert (x0 + x1) / 2 == pytest.approx(179, abs=0.6)
+        assert image.shape == (450, 450, 3)  # the scale at which first keypoints are sought
+        assert (x1 - x0, y1 - y0) == pytest.approx((450 / 1.4, 450 / 1.4), abs=0.3)
+        assert (x0 + x1) / 2 == pytest.approx(225, abs=0.6)
         # The middle of the picture is the middle of the box, in the frame that was asked for.
         bx0, _, bx1, _ = box_in(frame)
         assert (bx0 + bx1) / 2 < BLUE_FROM - 8
-        assert image[175:183, 175:183, 0].mean() == pytest.approx(grey_of(frame), abs=3)
-        assert image[179, 335, 2] > 200 and image[179, 335, 0] < 190  # the right is blue
+        assert image[221:229, 221:229, 0].mean() == pytest.approx(grey_of(frame), abs=3)
+        assert image[225, 421, 2] > 200 and image[225, 421, 0] < 190  # the right is blue
     # A shard is not a row of neighbours.
     for shard in manifest.shards_of("train")[:2]:
         assert len({s.meta.subject for s in packing_read(out / shard.file)}) >= 5
@@ -838,7 +861,7 @@ def test_mixing_gives_the_order_of_shuffling() -> None:
 
 
 def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing.tempfile, "TemporaryFile", lambda buffering: open("/dev/full", "r+b", buffering))  # noqa: SIM115
+    monkeypatch.setattr(packing.tempfile, "TemporaryFile", lambda buffering: open("/dev/full", "r+b", buffering))
     results: list[tuple[str, Packed]] = [(item.source, pack_item(item)) for item in drawn_items(3)]
     with pytest.raises(UserError, match="TMPDIR"):
         list(mixed(results, seed=0))

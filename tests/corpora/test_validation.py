@@ -48,11 +48,10 @@ def rewrite(corpus, number: int, change) -> None:
     """Replaces a shard by one of changed samples, with a manifest that vouches for it."""
     manifest = json.loads((corpus / MANIFEST).read_text())
     shard = manifest["shards"][number]
-    samples = []
     with tarfile.open(corpus / shard["file"]) as tar:
         members = {member.name: tar.extractfile(member).read() for member in tar}
-    for key in sorted({name[:9] for name in members}):
-        samples.append([key, members[f"{key}.jpg"], json.loads(members[f"{key}.json"])])
+    keys = sorted({name[:9] for name in members})
+    samples = [[key, members[f"{key}.jpg"], json.loads(members[f"{key}.json"])] for key in keys]
     change(samples)
     data = shard_bytes([RawSample(key, jpeg, SampleMeta.model_validate(meta)) for key, jpeg, meta in samples])
     (corpus / shard["file"]).write_bytes(data)

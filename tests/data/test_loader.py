@@ -161,5 +161,5 @@ def test_undecodable_images_keep_their_places_when_a_shard_is_gone_through(tmp_p
     batch = next(shard_batches(str(tmp_path), shard, 32, 4))
     assert batch.keys == tuple(f"{n:09d}" for n in range(4))
     assert (batch.images[1] == 128).all() and (batch.images[2] == 20).all()
-    keypoints, _ = first_keypoints(str(tmp_path), shard, generic_detector(KeypointSettings()), 32)
+    keypoints, _ = first_keypoints(str(tmp_path), shard, generic_detector(KeypointSettings(), 32), 32)
     assert len(keypoints) == 4 and len(keypoints.sample(1)[0]) == 0

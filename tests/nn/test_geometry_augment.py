@@ -1,5 +1,7 @@
 """Image and points move together, whatever the matrix."""
 
+from dataclasses import replace
+
 import kornia
 import numpy as np
 import pytest
@@ -50,8 +52,9 @@ def test_inverse_undoes_affine(seed):
     torch.testing.assert_close(back, points, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_a_blob_in_the_image_is_where_its_point_is(seed):
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("about", ["image", "view"])
+def test_a_blob_in_the_image_is_where_its_point_is(seed, about):
     plain = Augmentation(
         blur_probability=0, contrast=(1, 1), noise_probability=0, brightness=(1, 1), colour_probability=0
     )
@@ -59,16 +62,16 @@ def test_a_blob_in_the_image_is_where_its_point_is(seed):
     stored = torch.from_numpy(blobs(place, 90, 120))[None]
     to_view = box_to_view(np.array([40.0, 20.0, 100.0, 75.0]), SIZE)
     points = torch.from_numpy(transform_points(to_view, place) / STRIDE).float()[None]
-    views, moved, cluster = augment(
+    views, moved, inside = augment(
         stored,
+        torch.tensor([[120.0, 90.0]]),
         torch.from_numpy(to_view).float()[None],
         points,
-        torch.tensor([[7]]),
         SIZE,
-        plain,
+        replace(plain, about=about),
         torch.Generator().manual_seed(seed),
     )
-    assert cluster.tolist() == [[7]]
+    assert inside.tolist() == [[True]]
     np.testing.assert_allclose(centroid(views[0, 0].numpy()), moved[0, 0].numpy() * STRIDE, atol=0.3)
 
 
@@ -82,18 +85,18 @@ def test_warp_equals_kornia():
     torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
 
 
-def test_points_that_leave_the_view_lose_their_label():
-    views, moved, cluster = augment(
+def test_points_that_leave_the_view_are_known():
+    views, moved, inside = augment(
         torch.zeros(1, 8, 8, 3, dtype=torch.uint8),
+        torch.tensor([[8.0, 8.0]]),
         torch.eye(3)[None],
-        torch.tensor([[[-30.0, 2.0], [8.0, 8.0], [0.0, 0.0]]]),
-        torch.tensor([[1, 2, -1]]),
+        torch.tensor([[[-30.0, 2.0], [8.0, 8.0]]]),
         SIZE,
-        Augmentation(),
+        Augmentation(about="view"),
         torch.Generator().manual_seed(0),
     )
-    assert views.shape == (1, 3, SIZE, SIZE)
-    assert cluster.tolist() == [[-1, 2, -1]]
+    assert views.shape == (1, 3, SIZE, SIZE) and moved.shape == (1, 2, 2)
+    assert inside.tolist() == [[False, True]]
 
 
 def test_drawn_ranges():
@@ -130,13 +133,17 @@ def drawn(count: int, seed: int, **ranges) -> Colours:
 
 @given(st.integers(0, 2**32 - 1))
 def test_colours_are_changed_in_the_published_order(seed):
-    """Against the same, image by image in float64: blur (kornia's), contrast, brightness, then hue and saturation."""
-    x, colours = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)), drawn(4, seed, noise=0.0)
+    """Against the same, image by image in float64: blur (kornia's), contrast, brightness, then hue and saturation.
+
+    What the published images hold are bytes, so each change ends at black and white.
+    """
+    x = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+    colours = drawn(4, seed, noise=0.0, contrast=(0.75, 1.5), brightness=(0.8, 1.2))
     for number, image in enumerate(x.double()[:, None]):
         if colours.blurred_B[number]:
             sigma = float(colours.sigma_B[number].clamp_min(1e-3))
             image = kornia.filters.gaussian_blur2d(image, (5, 5), (sigma, sigma), border_type="replicate")
-        image = (image - 0.5) * float(colours.contrast_B111[number]) + 0.5
+        image = ((image - 0.5) * float(colours.contrast_B111[number]) + 0.5).clamp(0, 1)
         image = (image * colours.brightness_B311[number]).clamp(0, 1)
         if colours.recoloured_B[number]:
             hue, saturation, value = kornia.color.rgb_to_hsv(image)[0]
@@ -154,6 +161,8 @@ def test_noise_has_its_deviation_in_the_noisy_images_and_their_brightness():
     deviation = changed.std((-2, -1))
     expected = (colours.noisy_B[:, None] * colours.noise_B111[:, :, 0, 0]) * colours.brightness_B311[..., 0, 0]
     assert 10 < int(colours.noisy_B.sum()) < 30
+    grey = (changed / colours.brightness_B311).diff(dim=1).abs().amax((1, 2, 3))[colours.noisy_B] < 1e-6
+    assert grey.tolist() == colours.grey_noise_B[colours.noisy_B].tolist() and 0 < grey.sum() < len(grey)
     torch.testing.assert_close(deviation, expected, atol=2e-3, rtol=0.05)
     torch.testing.assert_close(changed.mean((-2, -1)), 0.5 * colours.brightness_B311[..., 0, 0], atol=5e-3, rtol=0)
 
@@ -171,7 +180,8 @@ def test_a_gpu_changes_the_same_images_without_asking_which(monkeypatch, noise_p
 def test_views_do_not_depend_on_how_many_are_made_at_once(monkeypatch, pixels):
     told = Augmentation(noise=0.0)
     stored = torch.randint(0, 256, (7, 40, 50, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    arguments = torch.eye(3).expand(7, 3, 3), torch.rand(7, 2, 2) * 15, torch.zeros(7, 2, dtype=torch.int64), SIZE, told
+    sides = torch.tensor([[50.0, 40.0]]).expand(7, 2)
+    arguments = sides, torch.eye(3).expand(7, 3, 3), torch.rand(7, 2, 2) * 15, SIZE, told
     at_once = augment(stored, *arguments, torch.Generator().manual_seed(2))
     monkeypatch.setattr("sst.nn.augment.CACHED_PIXELS", pixels)
     assert all(map(torch.equal, augment(stored, *arguments, torch.Generator().manual_seed(2)), at_once))
@@ -182,4 +192,4 @@ def test_photometric_is_a_function_of_the_generator():
     runs = [photometric(x, Augmentation(), torch.Generator().manual_seed(s)) for s in (3, 3, 4)]
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
-    assert all(0 <= run.min() and run.max() <= 1 for run in runs)
+    assert all(run.min() >= 0 and run.max() <= 1 for run in runs)

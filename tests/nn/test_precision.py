@@ -154,7 +154,7 @@ def _train_in_a_group(rank: int, port: int, folder: str) -> None:
         for step in range(3):
             generator.manual_seed(10 * step + rank)
             model.zero_grad()
-            stage1_losses(used, batch, settings.stage1_step(), generator)["loss"].backward()
+            stage1_losses(used, batch, settings.stage1_step(), generator).total().backward()
             norms.append(update(5e-4)[0])
         assert model.backbone.block1.conv1.weight.is_contiguous(memory_format=torch.channels_last)
         weights = torch.cat([weight.detach().flatten() for weight in model.parameters()])

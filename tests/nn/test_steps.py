@@ -71,9 +71,9 @@ def test_a_step_never_waits_for_the_device(stage: int, monkeypatch: pytest.Monke
     update = Update(used, 5e-4, 1e-5)
     with Waits() as waits:
         if stage == 1:
-            loss = stage1_losses(used, batch, SETTINGS.stage1_step(), generator)["loss"]
+            loss = stage1_losses(used, batch, SETTINGS.stage1_step(), generator).total()
         else:
-            loss = stage2_losses(used, batch, active, SETTINGS.stage2_step(), generator, partner)["loss"]
+            loss = stage2_losses(used, batch, active, SETTINGS.stage2_step(), generator, partner).total()
         loss.backward()
         update(5e-4)
     assert waits.seen == []

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sst.nn.losses import landmark_target
-from sst.nn.suppression import decode_keypoints, decode_landmarks, free_of, suppress, unite
+from sst.nn.suppression import decode_keypoints, decode_landmarks, free_of, suppress
 
 
 def greedy(heat, threshold, radius):
@@ -65,50 +65,6 @@ def test_keypoints_come_grouped_by_image_with_confidence():
     assert image.tolist() == [0, 2, 2]
     assert points.round().tolist() == [[2, 1], [0, 0], [4, 4]]
     assert confidence.tolist() == pytest.approx([0.9, 0.3, 0.5])
-
-
-def box_iou(a: np.ndarray, b: np.ndarray, radius: float) -> float:
-    width, height = (max(0.0, min(p, q) + radius - (max(p, q) - radius)) for p, q in zip(a, b, strict=True))
-    return width * height / (2 * (2 * radius) ** 2 - width * height)
-
-
-def greedy_suppression(points: np.ndarray, confidence: np.ndarray, radius: float) -> list[int]:
-    """Published suppression: from the most confident on, drop what overlaps a kept point."""
-    kept: list[int] = []
-    for index in np.argsort(-confidence, kind="stable"):
-        if all(box_iou(points[index], points[other], radius) <= 0.01 for other in kept):
-            kept.append(int(index))
-    return sorted(kept)
-
-
-@settings(max_examples=80, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    counts=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=4),
-    radius=st.sampled_from([1.0, 1.7, 6.0]),
-    grid=st.booleans(),
-)
-def test_union_equals_greedy_suppression_with_labels_on_top(
-    seed: int, counts: list[tuple[int, int]], radius: float, grid: bool
-) -> None:
-    rng = np.random.default_rng(seed)
-
-    def points(count: int) -> np.ndarray:
-        drawn = rng.uniform(0, 8 * radius, (count, 2))
-        drawn = (np.round(drawn) if grid else drawn).astype(np.float32)
-        return drawn[greedy_suppression(drawn, rng.random(count), radius)]  # each set is suppressed in itself
-
-    old, fresh = zip(*((points(a), points(b)) for a, b in counts), strict=True)
-    padded = torch.full((len(counts), max(1, *map(len, old)), 2), torch.nan)
-    for row, own in enumerate(old):
-        padded[row, : len(own)] = torch.from_numpy(own)
-    image = torch.repeat_interleave(torch.tensor([len(own) for own in fresh]))
-    number, united = unite(padded, image, torch.from_numpy(np.concatenate(fresh)), radius)
-    assert torch.equal(number, number.sort().values)
-    for row in range(len(counts)):
-        both = np.concatenate([old[row], fresh[row]])
-        rank = np.concatenate([np.full(len(old[row]), 2.0), rng.random(len(fresh[row]))])
-        np.testing.assert_array_equal(united[number == row], both[greedy_suppression(both, rank, radius)])
 
 
 def test_suppression_on_the_grid_is_three_by_three() -> None:

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from sst.nn.augment import warp_images
 from sst.nn.geometry import STRIDE
-from sst.nn.symmetry import find_symmetry, mirror_matrix, mirror_some
+from sst.nn.symmetry import mirror_matrix, mirror_some
+from sst.train.symmetry import find_symmetry
 
 SIZE = 256.0
 PARTNER = np.array([1, 0, 2, 4, 3, -1])

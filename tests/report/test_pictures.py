@@ -15,6 +15,7 @@ from sst.report.report import ReportFigure, write_report
 from sst.run.console import TimeLeft, round_line, step_line
 from sst.run.metrics import MetricsFile, MetricsReader
 from sst.run.tracking import flatten
+from sst.train.run_directory import RunDirectory
 from sst.train.schedule import Phase
 
 RNG = np.random.default_rng(0)
@@ -75,7 +76,7 @@ def test_other_pictures_are_drawn():
 def test_the_report_needs_nothing_else_and_escapes_what_it_is_given(tmp_path):
     picture = ReportFigure("landmarks", "a <caption>", png(figures.round_statistics([])))
     write_report(
-        str(tmp_path),
+        RunDirectory(str(tmp_path)),
         title="<script>alert(1)</script>",
         summary={"landmarks": "3"},
         figures=[picture, ReportFigure("landmark_00", "gallery", picture.png)],
@@ -137,7 +138,7 @@ def test_lines_are_of_fixed_width_and_without_control_characters():
 
 
 def test_time_left_follows_the_measured_speed():
-    phases = [Phase("warm-up", 1, 0, 0, 100, 0), Phase("landmarks", 2, 1, 100, 50, 0)]
+    phases = [Phase("warm-up", 1, 0, 0, 100, 0, 4, 1), Phase("landmarks", 2, 1, 100, 50, 0, 4, 1)]
     left = TimeLeft(phases)
     line = STEP | {"round": 0}
     assert left.update(line | {"time": 0.0, "step": 20, "phase_step": 20}) == "?"

@@ -9,7 +9,7 @@ from PIL import Image
 
 from sst.report.advice import landmark_facts, warnings_of
 from sst.report.report import ReportFigure, write_report
-from sst.train.run_directory import LandmarkRecord
+from sst.train.run_directory import LandmarkRecord, RunDirectory
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -94,8 +94,8 @@ def page_url(tmp_path) -> str:
     figures = [picture("landmarks"), *(picture(f"landmark_{k:02d}") for k in range(7))]
     warnings = warnings_of(facts, ROUNDS, 7, 3000)
     write_report(
-        str(tmp_path), title="Landmarks of <owls>", summary={"landmarks": "7"}, figures=figures, rounds=ROUNDS,
-        settings={"seed": 0}, facts=facts, warnings=warnings,
+        RunDirectory(str(tmp_path)), title="Landmarks of <owls>", summary={"landmarks": "7"}, figures=figures,
+        rounds=ROUNDS, settings={"seed": 0}, facts=facts, warnings=warnings,
     )  # fmt: skip
     return (tmp_path / "report.html").as_uri()
 

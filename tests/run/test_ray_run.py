@@ -120,7 +120,7 @@ def test_fewer_descriptors_than_clusters(folder, shards, capsys):
     assert not (folder / "runs" / "few").exists()
 
 
-def test_a_corpus_without_annotations_trains_too_and_invisible_landmarks_are_reported(folder, tmp_path):
+def test_a_corpus_without_annotations_trains_too_and_invisible_landmarks_are_reported(folder, tmp_path, capsys):
     import simplejpeg
 
     from sst.corpora.drawings import draw
@@ -131,8 +131,10 @@ def test_a_corpus_without_annotations_trains_too_and_invisible_landmarks_are_rep
         (images / f"{index}.jpg").write_bytes(simplejpeg.encode_jpeg(draw(1, index, 96).image))
     pack.main(f"folder --images {images} --out {tmp_path / 'shards'} --shard-samples 16".split())
     assert Manifest.load(str(tmp_path / "shards")).landmarks is None
-    train.main([*arguments(folder, tmp_path / "shards", "plain"), "--stage1.rounds", "1", "--stage2.visible", "1"])
+    other = "--stage1.rounds 1 --stage2.visible 1 --workers auto".split()
+    train.main([*arguments(folder, tmp_path / "shards", "plain"), *other])
     run = folder / "runs" / "plain"
+    assert re.search(r"; ([12]) workers? on CPUs \(auto: one for each of", capsys.readouterr().out)
     assert not (run / "scores.json").exists()
     page = (run / "report.html").read_text()
     assert "no annotations" in page and "No landmark is visible on any image." in page

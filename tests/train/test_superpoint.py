@@ -208,7 +208,7 @@ def test_suppression_equals_greedy_on_squares(found, half):
     assert suppress_points(points[kept], confidence[kept], half).tolist() == list(range(len(kept)))
 
 
-@pytest.mark.parametrize("gap, stay", [((11, 10), 2), ((11, 9), 1), ((12, 0), 2), ((11, 0), 1), ((0, 11), 1)])
+@pytest.mark.parametrize(("gap", "stay"), [((11, 10), 2), ((11, 9), 1), ((12, 0), 2), ((11, 0), 1), ((0, 11), 1)])
 def test_published_squares_are_twelve_pixels_wide(gap, stay):
     assert len(suppress_points(np.array([(20, 20), (20 + gap[0], 20 + gap[1])]), np.array([0.5, 0.9]), 6)) == stay
 
@@ -308,7 +308,7 @@ def save_old(tensors, path):
 
 
 @pytest.mark.parametrize(
-    "name, save",
+    ("name", "save"),
     [
         ("w.pth", torch.save),
         ("old.pth", save_old),

@@ -14,14 +14,13 @@ from sst.errors import Stopped
 from sst.nn.network import LandmarkDetector
 from sst.nn.optimizer import Update
 from sst.nn.steps import stage1_losses, stage2_losses
-from sst.presets import PRESETS
 from sst.train import extraction
 from sst.train.checkpoint import latest_checkpoint, write_checkpoint
 from sst.train.consistency import repeatability
 from sst.train.finish import warped_twice
 from sst.train.model import keep_landmarks, load_model
 from sst.train.run_directory import RunDirectory
-from sst.train.schedule import derived_seed, learning_rate, plan
+from sst.train.schedule import derived_seed, plan
 from sst.train.tools import Tools
 from sst.train.trainer import Trainer
 from sst.train.workers import Group
@@ -57,25 +56,6 @@ def test_without_stage1_the_landmark_head_starts_on_the_first_labels():
     assert {phase.stage for phase in plan(settings, images=1000)} == {2}
 
 
-def test_published_plan_merges_every_second_epoch():
-    phases = [phase for phase in plan(PRESETS["celeba"][1], images=64_000) if phase.stage == 2]
-    assert phases[0].steps == 25_000
-    assert {phase.steps for phase in phases[1:-1]} == {2_000}
-    assert sum(phase.steps for phase in phases) == 80_000
-
-
-def test_learning_rates_are_the_published_ones():
-    settings = PRESETS["celeba"][1]
-    warm, one = plan(settings, 64_000)[:2]
-    rates = [learning_rate(settings, one, step) for step in range(0, 10_000, 2_000)]
-    assert rates[0] == pytest.approx(5e-4) and rates[-1] == pytest.approx(5e-6)
-    assert rates == sorted(rates, reverse=True) and len(set(rates)) == 5
-    assert learning_rate(settings, one, 1_999) == rates[0]
-    assert learning_rate(settings, warm, 0) == pytest.approx(5e-4)
-    last = plan(settings, 64_000)[-1]
-    assert learning_rate(settings, last, last.steps - 1) == pytest.approx(5e-6)
-
-
 def test_seeds_differ_for_every_purpose_rank_and_step():
     seeds = {derived_seed(0, p, rank, step) for p in range(4) for rank in range(8) for step in range(200)}
     assert len(seeds) == 4 * 8 * 200
@@ -97,7 +77,11 @@ def test_a_run_leaves_all_its_rounds_a_model_and_predictions(finished):
         arrays = np.load(folder / "predictions" / shard.file.replace(".tar", ".npz"))
         assert arrays["points"].shape == (shard.samples, len(known.clusters), 2)
     assert {line["kind"] for line in lines} == {"arithmetic", "shards", "step", "round"}
-    assert all(np.isfinite(line["loss"]) for line in lines if line["kind"] == "step")
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert all(np.isfinite(line["loss"]) for line in steps)
+    assert all(0 <= line["decay_share"] <= 1 and line["dead_scales"] == 0 and line["peak"] > 0 for line in steps)
+    assert all(("loss_of_all_zero" in line) == (line["stage"] == 2) for line in steps)
+    assert all("labels_kept" in record.figures for record in records[2:4])
     assert not list(folder.rglob("*.tmp"))
 
 
@@ -222,14 +206,14 @@ def test_step_losses_are_functions_of_the_generator(finished, corpus):
     again = next(trainer.stream(trainer.phases[0], 0, trainer.run.record(0)))
     assert batch.keys == again.keys and torch.equal(batch.images, again.images)
     values = [
-        float(stage1_losses(one, batch, SETTINGS.stage1_step(), torch.Generator().manual_seed(seed))["loss"].detach())
+        float(stage1_losses(one, batch, SETTINGS.stage1_step(), torch.Generator().manual_seed(seed)).total().detach())
         for seed in (1, 1, 2)
     ]
     assert values[0] == values[1] != values[2]
     active = torch.ones(8, dtype=torch.bool)
     two = stage2_losses(
         trainer.learner.network, batch, active, SETTINGS.stage2_step(), torch.Generator().manual_seed(1)
-    )["loss"]
+    ).total()
     assert float(two.detach()) > 0
 
 
@@ -244,7 +228,7 @@ def test_skipped_batches_are_those_of_an_unbroken_stream(finished):
 
 def test_settings_that_contradict_each_other_are_refused():
     with pytest.raises(ValueError, match="at least 1 per worker"):
-        TrainSettings(stage2=Stage2Settings(batch=1))
+        TrainSettings(stage2=Stage2Settings(batch=1), resources=ResourceSettings(workers=2))
     with pytest.raises(ValueError, match="least come first"):
         ResourceSettings(workers="8:2")
     with pytest.raises(ValueError, match="workers"):

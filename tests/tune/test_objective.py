@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from jobs.tune import print_table
 from sst.config import TrainSettings
 from sst.run.tracking import Tracking
+from sst.tune.command import print_table
 from sst.tune.objective import final_objective, round_error
 from sst.tune.sweep import Sweep, TrialRecord, best_of
 

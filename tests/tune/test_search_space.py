@@ -30,9 +30,9 @@ def test_few_combinations_are_all_tried(told, values):
 
 
 def test_numbers_are_numbers_and_words_are_words():
-    drawn = trials({"stage1.learning_rate": "5e-4,1e-3", "cluster.warm_start": "true,false"}, 8)
+    drawn = trials({"stage1.learning_rate": "5e-4,1e-3", "cluster.keep_identities": "true,false"}, 8)
     assert {type(trial["stage1.learning_rate"]) for trial in drawn} == {float}
-    assert [trial["cluster.warm_start"] for trial in drawn] == [True, False, True, False]
+    assert [trial["cluster.keep_identities"] for trial in drawn] == [True, False, True, False]
     assert trials({"cluster.backend": "torch,cuml"}, 8)[1] == {"cluster.backend": "cuml"}
 
 

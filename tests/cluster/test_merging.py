@@ -42,11 +42,11 @@ def test_confidence_limit_and_radius() -> None:
     assert count_overlaps(points, np.array([[0.19, 0.9, 0.9]])).together[0].tolist() == [0, 0, 0]
 
 
-def slow_plan(confident: list[int], together: np.ndarray, share: float) -> list[int]:
+def slow_plan(confident: list[int], together: np.ndarray, population: list[int], share: float) -> list[int]:
     """The rule in words of method.md, over plain lists."""
     becomes = list(range(len(confident)))
     kept: list[int] = []
-    for channel in sorted(range(len(confident)), key=lambda k: (-confident[k], k)):
+    for channel in sorted(range(len(confident)), key=lambda k: (-population[k], k)):
         for other in kept:
             if together[channel][other] > share * min(confident[channel], confident[other]):
                 becomes[channel] = other
@@ -64,21 +64,22 @@ def test_plan_equals_the_slow_reference(seed: int, clusters: int, share: float) 
     smaller = np.minimum.outer(confident, confident)
     together = np.triu(rng.integers(0, smaller + 1), 1)
     overlap = Overlap(confident, together + together.T + np.diag(confident))
-    plan = merge_plan(overlap, share)
-    assert plan.tolist() == slow_plan(confident.tolist(), overlap.together, share)
+    population = rng.integers(0, 6, clusters)
+    plan = merge_plan(overlap, population, share)
+    assert plan.tolist() == slow_plan(confident.tolist(), overlap.together, population.tolist(), share)
     assert np.array_equal(plan[plan], plan), "an absorber must itself be kept"
 
 
 def test_absorbed_channel_does_not_absorb() -> None:
     """1 lies with 0, and 2 with 1 only: 1 is absorbed, so nothing is left for 2 to join."""
     together = np.array([[10, 8, 0, 0], [8, 9, 7, 0], [0, 7, 8, 0], [0, 0, 0, 0]])
-    assert merge_plan(Overlap(np.array([10, 9, 8, 0]), together)).tolist() == [0, 0, 2, 3]
+    assert merge_plan(Overlap(np.array([10, 9, 8, 0]), together), np.array([4, 3, 2, 1])).tolist() == [0, 0, 2, 3]
 
 
 def test_share_must_be_exceeded() -> None:
     for count, becomes in ((7, 1), (8, 0)):
         together = np.array([[10, count], [count, 10]])
-        assert merge_plan(Overlap(np.array([10, 10]), together)).tolist() == [0, becomes]
+        assert merge_plan(Overlap(np.array([10, 10]), together), np.array([5, 5])).tolist() == [0, becomes]
 
 
 @settings(max_examples=80, deadline=None)

@@ -1,6 +1,7 @@
 """k-means over rows that several members hold: as on all rows at once, and over real actors."""
 
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -8,58 +9,43 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster import kmeans, pool
-from cluster.actor import KMeansSettings, even_parts, start_actor
-from cluster.shards import Descriptors
+from cluster import Descriptors, KMeansSettings, fit, rapids, seeding
+from cluster.actor import KMeansActor, even_parts, start_actor
+from tests.cluster.backends import fit_in_parts
 
 
 def rows_of(count: int, width: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
 
 
-def fit_in_parts(x: np.ndarray, parts: list[np.ndarray], clusters: int, **told) -> kmeans.KMeansResult:
-    members = [pool.PoolMember(part) for part in parts]
-
-    def call(method, arguments):
-        assert len(arguments) == len(members)
-        return [getattr(member, method)(*own) for member, own in zip(members, arguments, strict=True)]
-
-    return pool.fit_pool(call, len(members), clusters, **told)
-
-
 @settings(max_examples=30)
-@given(
-    count=st.integers(20, 200),
-    clusters=st.integers(1, 8),
-    seed=st.integers(0, 2**31),
-    cuts=st.lists(st.integers(1, 19)),
-)
-def test_parts_give_what_all_rows_give(count, clusters, seed, cuts):
-    x = rows_of(count, 4, seed)
-    parts = [part for part in np.split(x, sorted(set(cuts))) if len(part)]
-    start = x[np.random.default_rng(seed).choice(count, clusters, replace=False)]
-    whole = kmeans.fit(x, clusters, start=start, iterations=20)
-    spread = fit_in_parts(x, parts, clusters, start=start, iterations=20)
+@given(count=st.integers(20, 200), clusters=st.integers(1, 8), seed=st.integers(0, 2**31), parts=st.integers(1, 5))
+def test_parts_give_what_all_rows_give(count, clusters, seed, parts):
+    x, told = rows_of(count, 4, seed), KMeansSettings(clusters, iterations=20, seed=seed)
+    whole, spread = fit(x, told), fit_in_parts(x, told, parts)
     np.testing.assert_allclose(spread.centroids, whole.centroids, atol=1e-4)
     assert spread.inertia == pytest.approx(whole.inertia, rel=1e-4)
     assert spread.counts.sum() == count and spread.iterations == whole.iterations and spread.empty == whole.empty
 
 
+@pytest.mark.parametrize("nccl", [False, True])
 @pytest.mark.parametrize("most", [1000, 60])
-def test_seeding_is_that_of_all_rows(most, monkeypatch):
-    monkeypatch.setattr(kmeans, "SEEDING_ROWS", most)
-    monkeypatch.setattr(pool, "SEEDING_ROWS", most)
-    x = rows_of(300, 6, 1)
-    whole, spread = kmeans.fit(x, 9, seed=5), fit_in_parts(x, np.array_split(x, 4), 9, seed=5)
+def test_two_members_give_what_one_fit_gives(most, nccl, gpu, monkeypatch):
+    monkeypatch.setattr(seeding, "SEEDING_ROWS", most)
+    x, told = rows_of(300, 6, 1), KMeansSettings(9, seed=2**63 - 1)
+    whole = fit(x, replace(told, backend="cuml" if nccl else "torch"))
+    spread = fit_in_parts(x, told, 2, nccl)
     np.testing.assert_allclose(spread.centroids, whole.centroids, atol=1e-4)
-    assert spread.counts.tolist() == whole.counts.tolist()
+    assert spread.counts.tolist() == whole.counts.tolist() and spread.backend == whole.backend
+    assert len(gpu.fits) == 3 * nccl
 
 
-def test_rows_that_are_too_alike_for_a_draw_are_all_looked_at(monkeypatch):
-    monkeypatch.setattr(pool, "SEEDING_ROWS", 10)
+@pytest.mark.parametrize("nccl", [False, True])
+def test_rows_that_are_too_alike_for_a_draw_are_all_looked_at(nccl, gpu, monkeypatch):
+    monkeypatch.setattr(seeding, "SEEDING_ROWS", 10)
     x = np.zeros((500, 3), np.float32)
     x[::100] = np.arange(15).reshape(5, 3)
-    result = fit_in_parts(x, np.array_split(x, 3), 6, seed=0)
+    result = fit_in_parts(x, KMeansSettings(6), 3, nccl)
     assert result.inertia == pytest.approx(0.0, abs=1e-6) and result.empty == 0
 
 
@@ -71,19 +57,13 @@ def test_rows_that_are_too_alike_for_a_draw_are_all_looked_at(monkeypatch):
     ],
 )
 def test_refuses_what_fit_refuses(spoil, said):
-    x = rows_of(80, 3, 0)
+    x, told = rows_of(80, 3, 0), KMeansSettings(4)
     spoil(x)
     with pytest.raises(ValueError, match=said) as caught:
-        fit_in_parts(x, np.array_split(x, 3), 4)
+        fit_in_parts(x, told)
     with pytest.raises(ValueError) as single:
-        kmeans.fit(x, 4)
+        fit(x, told)
     assert str(caught.value) == str(single.value)
-
-
-def test_refuses_a_start_of_another_shape():
-    x = rows_of(80, 3, 0)
-    with pytest.raises(ValueError, match=r"\(4, 2\), needed is \(4, 3\)"):
-        fit_in_parts(x, np.array_split(x, 2), 4, start=np.zeros((4, 2), np.float32))
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(1, 8))
@@ -128,8 +108,6 @@ def test_actors_give_what_one_gives(cluster, sample):
     whole, spread = cluster.get([one.fit.remote(sample, told), three.fit.remote(sample, told)])
     np.testing.assert_allclose(spread.centroids, whole.centroids, atol=1e-4)
     assert spread.counts.tolist() == whole.counts.tolist()
-    again = cluster.get(three.fit.remote(sample, told, whole.centroids))
-    np.testing.assert_allclose(again.centroids, whole.centroids, atol=1e-4)
     with pytest.raises(ValueError, match="distinct"):
         cluster.get(three.fit.remote(sample, KMeansSettings(1000)))
 
@@ -149,3 +127,14 @@ def test_a_lost_member_costs_nothing_of_the_result(cluster, sample):
                     break
     found = cluster.get(running)
     assert np.array_equal(found.centroids, expected.centroids) and found.iterations == 800
+
+
+def test_where_cuml_fails_in_a_member_the_fit_begins_again_by_torch(cluster, sample, monkeypatch, caplog):
+    """The members' processes have no cuML, whatever was found before."""
+    monkeypatch.setattr(rapids, "_given_up", [])
+    monkeypatch.setattr("cluster.actor.choose_backend", lambda requested, several=False: "cuml")
+    found = KMeansActor(members=2).fit(sample, KMeansSettings(6, seed=2))
+    assert found.backend == "torch" and found.empty == 0
+    assert "No module named" in caplog.text
+    with pytest.raises(RuntimeError, match="No module named"):
+        KMeansActor(members=2).fit(sample, KMeansSettings(6, backend="cuml"))

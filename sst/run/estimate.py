@@ -1,0 +1,301 @@
+"""How long a run will take on this machine, and the schedule that fits a time: from measured steps and passes.
+
+What is measured is what the run will do: compiled steps where it compiles, whole passes over a shard with their reading
+and decoding.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from cluster.kmeans import KMeansSettings, fit
+from cluster.outliers import outlier_scores
+from cluster.shards import Labels
+from sst.config import TrainSettings
+from sst.data.corpus import Corpus
+from sst.data.loader import decode_to_view
+from sst.data.shards import read_shard
+from sst.errors import UserError
+from sst.nn.network import DetectorDescriptor, LandmarkDetector
+from sst.nn.optimizer import Update
+from sst.nn.precision import laid_out, obstacle_to_compiling
+from sst.nn.steps import random_batch, stage1_losses, stage2_losses
+from sst.run.placement import REST_GB, WORKER_GB, Machine
+from sst.train.extraction import extract_descriptors, predict_shard
+from sst.train.keypoints import VIEW, generic_detector
+from sst.train.schedule import plan
+
+LEAST_ROUND = 150
+"""Steps of a round, or between two mergings, below which there are rather fewer of them; the shortest schedule has as
+many in the warm-up and in a single round, and twice as many in stage 2."""
+
+COMPILING_PAYS = 15
+"""Minutes from which a run on a GPU compiles: that takes two to three, and saves a fifth of a step (on an H200)."""
+
+START_SECONDS = 40.0
+"""Starting Ray and its workers, and writing the report."""
+
+ROUND_SECONDS = 2.0
+"""Of a round or merging beyond its pass and k-means: figures, records, a checkpoint (benchmarks/RESULTS.md)."""
+
+SIDE_BY_SIDE = 1 / 0.92
+"""How much longer a step takes when workers share a machine (benchmarks/RESULTS.md, from one worker to two)."""
+
+POINTS = 20
+"""Labelled points of an image, of which a pass is measured and k-means gets so many rows."""
+
+KMEANS_ROWS = 20_000
+"""Rows on which k-means is timed; its time goes with their number."""
+
+KEYPOINT_IMAGES = 12
+"""Images on which the first keypoints are timed."""
+
+MEASURE_SECONDS = 10.0
+"""After so long, besides the first time, nothing is repeated any more."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Measured on this machine.
+
+    Attributes:
+        stage1: seconds of a step of stage 1, as the run computes it.
+        stage2: seconds of a step of stage 2.
+        describe: seconds per image of extracting descriptors, all workers at it.
+        predict: seconds per image of predicting landmarks, likewise.
+        keypoints: seconds per image of the first keypoints, all cores at it.
+        kmeans: seconds of a fit per row.
+        first: seconds that the first steps and passes of both stages take beyond the others, above all for compiling.
+        memory_gb: that a run will take; of a GPU where there is one, else of the machine.
+    """
+
+    stage1: float
+    stage2: float
+    describe: float
+    predict: float
+    keypoints: float
+    kmeans: float
+    first: float
+    memory_gb: float
+
+
+def expected_seconds(settings: TrainSettings, images: int, speed: Speed) -> float:
+    """How long a run will take from its start to its report.
+
+    Args:
+        settings: of the run.
+        images: training images.
+        speed: of the machine.
+    """
+    phases = plan(settings, images)
+    steps = sum(phase.steps * (speed.stage1 if phase.stage == 1 else speed.stage2) for phase in phases)
+    rounds = sum(phase.stage == 1 for phase in phases)  # each is followed by a correspondence
+    merges = len(phases) - rounds - 1
+    kmeans = speed.kmeans * min(settings.cluster.sample, POINTS * images)
+    passes = images * (speed.keypoints + rounds * speed.describe + (merges + 2) * speed.predict)  # 2 for the end
+    between = (rounds + 1) * kmeans + (rounds + merges + 1) * ROUND_SECONDS
+    return START_SECONDS + speed.first + steps + passes + between
+
+
+def scaled(settings: TrainSettings, factor: float) -> TrainSettings:
+    """The same schedule with all steps times a factor, down to a least length.
+
+    Rounds and mergings become fewer before they become too short; nothing that was shorter becomes longer.
+    """
+    one, two = settings.stage1, settings.stage2
+
+    def steps(count: int, least: int) -> int:
+        return max(min(count, least), round(count * factor))
+
+    in_rounds = steps(one.rounds * one.round_iterations, LEAST_ROUND)
+    rounds = max(min(1, one.rounds), min(one.rounds, in_rounds // LEAST_ROUND))
+    iterations = steps(two.iterations, 2 * LEAST_ROUND)
+    share = iterations / two.iterations
+    every = two.merge_every
+    return settings.changed(
+        stage1=one.changed(
+            warmup_iterations=steps(one.warmup_iterations, LEAST_ROUND),
+            rounds=rounds,
+            round_iterations=max(1, in_rounds // rounds) if rounds else one.round_iterations,
+        ),
+        stage2=two.changed(
+            iterations=iterations,
+            milestones=tuple(round(milestone * share) for milestone in two.milestones),
+            merge_after=round(two.merge_after * share),
+            merge_every=None if every is None else max(min(every, LEAST_ROUND), round(every * share)),
+        ),
+    )
+
+
+def within(settings: TrainSettings, images: int, speed: Speed, minutes: float) -> TrainSettings:
+    """The settings with the longest schedule that is over in the time, if need be longer than they have.
+
+    Raises:
+        UserError: if the shortest schedule takes longer; the message has how long.
+    """
+    shortest = expected_seconds(scaled(settings, 0.0), images, speed)
+    if shortest > 60 * minutes:
+        passes = shortest - expected_seconds(scaled(settings, 0.0), 0, speed)
+        enough = math.ceil(shortest / 6) / 10
+        raise UserError(
+            f"--minutes {minutes:g} is too short: the shortest schedule takes {enough:g} minutes here, "
+            f"{passes / 60:.1f} of them for going through {images} images, and the full one "
+            f"{expected_seconds(settings, images, speed) / 60:.0f}; take --minutes {enough:g} or more, or fewer images"
+        )
+    step = min(speed.stage1, speed.stage2)
+    factor = max(1.0, 60 * minutes / step / (settings.stage2.iterations or 1))  # beyond what could fit
+    while factor > 1e-5:
+        # Whole rounds and mergings make the time jump, so no equation is solved.
+        if expected_seconds(fitting := scaled(settings, factor), images, speed) <= 60 * minutes:
+            return fitting
+        factor *= 0.99
+    return scaled(settings, 0.0)
+
+
+def measure(settings: TrainSettings, machine: Machine, workers: int, corpus: Corpus) -> Speed:
+    """Times each worker's share of a step and of a pass of both stages, the first keypoints and k-means.
+
+    Takes some seconds; where the run will compile, as long as that takes.
+
+    Args:
+        settings: of the run.
+        machine: this one.
+        workers: that will share it.
+        corpus: packed images, of which one shard is gone through.
+    """
+    device = torch.device("cuda" if machine.gpus else "cpu")
+    compiles = device.type == "cuda" and settings.resources.compile is not False
+    compiles = compiles and obstacle_to_compiling(device) is None
+    shared = SIDE_BY_SIDE if workers > 1 else 1.0
+    with as_in_training(machine, workers):
+        keypoints = keypoint_seconds(settings, corpus)
+        kmeans = kmeans_seconds(settings)
+        one = stage_seconds(settings, device, compiles, workers, corpus, stage=1)
+        two = stage_seconds(settings, device, compiles, workers, corpus, stage=2)
+    memory = torch.cuda.max_memory_allocated() / 1e9 if machine.gpus else WORKER_GB * workers + REST_GB
+    return Speed(
+        stage1=shared * one[0],
+        stage2=shared * two[0],
+        describe=shared * one[1] / workers,
+        predict=shared * two[1] / workers,
+        keypoints=keypoints / machine.cpus,
+        kmeans=kmeans,
+        first=one[2] + two[2],
+        memory_gb=memory,
+    )
+
+
+@contextmanager
+def as_in_training(machine: Machine, workers: int) -> Iterator[None]:
+    """While inside, torch computes as in one of the workers that share the machine."""
+    threads, searches = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    torch.set_num_threads(max(1, int(machine.cpus) // workers))
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.benchmark = searches
+
+
+def stage_seconds(
+    settings: TrainSettings, device: torch.device, compiles: bool, workers: int, corpus: Corpus, stage: int
+) -> tuple[float, float, float]:
+    """(seconds of a step, of an image in a pass, of the first ones beyond that) of a stage, in one worker."""
+    network, clusters = settings.network.shape, settings.cluster.clusters
+    model: nn.Module = DetectorDescriptor(network) if stage == 1 else LandmarkDetector(network, clusters)
+    model = laid_out(model, device, compiles).train()
+    update = Update(model, 1e-6, 0.0)
+    total = settings.stage1.pairs if stage == 1 else settings.stage2.batch
+    batch = random_batch(max(2, total // workers), settings.network.input_size, clusters).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    active = torch.ones(clusters, dtype=torch.bool, device=device)
+    trained = cast(nn.Module, torch.compile(model, dynamic=False)) if compiles else model
+    called = cast(nn.Module, torch.compile(model)) if compiles else model
+    shard = min(corpus.train, key=lambda each: each.samples)
+
+    def step() -> None:
+        model.zero_grad()
+        losses = (
+            stage1_losses(trained, batch, settings.stage1_step(), generator)
+            if stage == 1
+            else stage2_losses(trained, batch, active, settings.stage2_step(), generator)
+        )
+        losses.total().backward()
+        update(1e-6)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def one_pass() -> None:
+        if stage == 2:
+            predict_shard(called, corpus, shard, settings)
+            return
+        extract_descriptors(
+            called,
+            corpus.url,
+            shard,
+            some_labels(shard.samples, settings),
+            input_size=settings.network.input_size,
+            threshold=1.0,  # points are the labels' then, as many as there usually are
+            precision=settings.resources.precision,
+        )
+
+    step_seconds, first_step = timed(step, time.perf_counter)
+    model.eval()
+    pass_seconds, first_pass = timed(one_pass, time.perf_counter)
+    return step_seconds, pass_seconds / shard.samples, first_step + first_pass
+
+
+def timed(work: Callable[[], None], clock: Callable[[], float], repeats: int = 3) -> tuple[float, float]:
+    """(median seconds of up to so many times, seconds that the first time took beyond that).
+
+    After `MEASURE_SECONDS` it is not repeated again; where already the first time took longer, once.
+    """
+    taken: list[float] = []
+    began = clock()
+    while len(taken) < 2 or (len(taken) <= repeats and clock() - began - taken[0] < MEASURE_SECONDS):
+        started = clock()
+        work()
+        taken.append(clock() - started)
+    usual = statistics.median(taken[1:])
+    return usual, max(0.0, taken[0] - usual)
+
+
+def some_labels(images: int, settings: TrainSettings) -> Labels:
+    """`POINTS` labels at random places of every image."""
+    rng, number = np.random.default_rng(0), images * POINTS
+    places = rng.uniform(0, settings.network.input_size / 4 - 1, (number, 2)).astype(np.float32)
+    offsets = np.arange(0, number + 1, POINTS, dtype=np.int64)
+    return Labels(offsets, places, np.zeros(number, np.int16), np.zeros(number, np.float32))
+
+
+def keypoint_seconds(settings: TrainSettings, corpus: Corpus) -> float:
+    """Seconds of a core for the first keypoints of an image, outlier scores included."""
+    shard = corpus.train[0]
+    detector, rng = generic_detector(settings.keypoints, settings.network.input_size), np.random.default_rng(0)
+    reference = rng.normal(size=(settings.keypoints.outlier_reference, detector.descriptor_size)).astype(np.float32)
+    samples = list(islice(read_shard(f"{corpus.url}/{shard.file}", shard.sha256), KEYPOINT_IMAGES))
+    started = time.perf_counter()
+    for sample in samples:
+        _, described = detector(decode_to_view(sample, VIEW)[0])
+        if len(described):
+            outlier_scores(described, reference, neighbours=settings.keypoints.outlier_neighbours)
+    return (time.perf_counter() - started) / len(samples)
+
+
+def kmeans_seconds(settings: TrainSettings) -> float:
+    """Seconds per row of a fit of as many iterations as there may be, at most; data with clusters need fewer."""
+    rows = max(KMEANS_ROWS, 4 * settings.cluster.clusters)
+    x = np.random.default_rng(0).normal(size=(rows, settings.network.descriptor_size)).astype(np.float32)
+    started = time.perf_counter()
+    fit(x, KMeansSettings(settings.cluster.clusters, settings.cluster.iterations, backend="torch"))
+    return (time.perf_counter() - started) / rows

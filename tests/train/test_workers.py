@@ -1,0 +1,114 @@
+"""A step's gradient is that of the whole batch, however many workers share it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from sst.nn.augment import Augmentation
+from sst.nn.network import DetectorDescriptor, LandmarkDetector, NetworkShape
+from sst.nn.steps import Batch, Losses, Stage1Step, Stage2Step, random_batch, stage1_losses, stage2_losses
+from sst.train.workers import Group
+
+CLUSTERS, SIDE = 60, 32
+STILL = Augmentation(
+    blur_probability=0,
+    contrast=(1, 1),
+    noise_probability=0,
+    brightness=(1, 1),
+    colour_probability=0,
+    scale=(1, 1),
+    shift=0,
+    rotation=0,
+)
+"""Two views of an image are the same, so that they do not depend on who draws them."""
+
+
+def uneven_batch() -> Batch:
+    """Eight images, of which the first has all 60 labels and the others few."""
+    batch, rng = random_batch(8, SIDE, CLUSTERS), torch.Generator().manual_seed(1)
+    cluster = torch.full((8, CLUSTERS), -1)
+    for row, labels in enumerate((60, 2, 3, 9, 4, 12, 2, 20)):
+        cluster[row, :labels] = torch.randperm(CLUSTERS, generator=rng)[:labels]
+    points = torch.rand(8, CLUSTERS, 2, generator=rng) * (SIDE // 4 - 1)
+    return replace(batch, points=points, cluster=cluster)
+
+
+def share_of(batch: Batch, rows: slice) -> Batch:
+    tensors = (batch.images, batch.stored, batch.to_view, batch.points, batch.cluster)
+    return Batch(batch.keys[rows], *(tensor[rows] for tensor in tensors))
+
+
+def network_of(stage: int) -> nn.Module:
+    torch.manual_seed(0)
+    shape = NetworkShape(width=16, depth=1, groups=2, descriptor_size=16)
+    return DetectorDescriptor(shape) if stage == 1 else LandmarkDetector(shape, CLUSTERS)
+
+
+def losses_of(stage: int, network: nn.Module, batch: Batch) -> Losses:
+    generator = torch.Generator().manual_seed(0)
+    if stage == 1:
+        step = Stage1Step(input_size=SIDE, precision="float32", different_share=0.0, augmentation=STILL)
+        return stage1_losses(network, batch, step, generator)
+    active = torch.arange(CLUSTERS) % 7 > 0
+    return stage2_losses(network, batch, active, Stage2Step(SIDE, "float32", augmentation=STILL), generator)
+
+
+def gradients(network: nn.Module) -> list[Tensor]:
+    return [weight.grad.clone() for weight in network.parameters() if weight.grad is not None]
+
+
+def of_workers(stage: int, world: int) -> list[Tensor]:
+    """Gradient of a batch that so many workers share, each in its turn."""
+    network, batch = network_of(stage), uneven_batch()
+    size = len(batch.keys) // world
+    shares = [losses_of(stage, network, share_of(batch, slice(n * size, (n + 1) * size))) for n in range(world)]
+    counts = torch.stack([losses.counts for losses in shares]).sum(0)
+    torch.stack([losses.total(counts) for losses in shares]).sum().backward()
+    return gradients(network)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_of_one_two_and_four_workers_are_equal(stage: int) -> None:
+    alone = of_workers(stage, 1)
+    assert max(float(gradient.abs().max()) for gradient in alone) > 1e-4
+    for world in (2, 4):
+        torch.testing.assert_close(of_workers(stage, world), alone, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_means_of_shares_are_not_the_mean_of_the_batch(stage: int) -> None:
+    """What this is for: the uneven labels above do tell the two apart."""
+    network, batch = network_of(stage), uneven_batch()
+    shares = [losses_of(stage, network, share_of(batch, slice(n, n + 2))) for n in range(0, 8, 2)]
+    torch.stack([losses.scale * losses.figures()["loss"] / 4 for losses in shares]).sum().backward()
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(gradients(network), of_workers(stage, 1), atol=1e-6, rtol=1e-2)
+
+
+def work(rank: int, place: str, shared: list[list[Tensor]] | None = None) -> None:
+    """One of two workers: a step of each stage on its half of the batch."""
+    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
+    group = Group(rank, 2)
+    for stage in (1, 2):
+        network = network_of(stage)
+        wrapped = group.wrap(network)
+        losses = losses_of(stage, wrapped, share_of(uneven_batch(), slice(4 * rank, 4 * rank + 4)))
+        (losses.total(group.total(losses.counts)) * group.world).backward()
+        if shared is not None:
+            shared.append(gradients(network))
+    dist.destroy_process_group()
+
+
+def test_two_processes_have_the_gradient_of_one(tmp_path) -> None:
+    other = mp.get_context("spawn").Process(target=work, args=(1, str(tmp_path / "meet")))
+    other.start()
+    found: list[list[Tensor]] = []
+    work(0, str(tmp_path / "meet"), found)
+    other.join(60)
+    assert other.exitcode == 0
+    for stage, gradient in zip((1, 2), found, strict=True):
+        torch.testing.assert_close(gradient, of_workers(stage, 1), atol=1e-6, rtol=1e-4)
