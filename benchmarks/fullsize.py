@@ -1,8 +1,8 @@
 """Does training at 256 px do what it must? `python -m benchmarks.fullsize --corpus drawings --minutes 60`.
 
 Trains by the command that a user gives, on drawings or on a folder of images, at the published input size and depth:
-on CPU cores with a width of 64 instead of 256 channels and few images in a step, in a schedule that fits the time, with
-warm-up, rounds and stage 2 in the proportions of the preset `faces-cpu`. Then says round by round how many labels and
+on CPU cores with a width of 64 instead of 256 channels, in a schedule that fits the time, with warm-up, rounds and
+stage 2 in the proportions of the preset `faces-cpu`. Then says round by round how many labels and
 clusters there were, what stage 2 did to weights and maps, and which of these hold:
 
 - labels per image never fall below half of the first round's; every cluster is in use in every round;
@@ -10,16 +10,17 @@ clusters there were, what stage 2 did to weights and maps, and which of these ho
 - twelve landmarks or more are visible in over 80 % of the test images;
 - their forward error is below that of the first keypoints, where these can be scored.
 
-`--width 256` is the published width: a step of eight images takes half a minute on two cores, so half an hour gives one
-round of a few steps and some dozens of steps of stage 2, too few for the last two. What else is given goes to
-jobs.train, such as `--cluster.clusters 100`. A folder's annotations (FOLDER/annotations.csv, images in FOLDER/images or
-FOLDER) are for scoring only.
+`--width 256` is the published width. An image in a step takes two cores 0.03 s at a width of 64 and 0.2 s to 3 s at
+256, by the processor, so there half an hour gives a round of a few steps and a stage 2 of some dozens or hundreds: too
+few for the last two. What else is given goes to jobs.train, such as `--cluster.clusters 100`. A folder's annotations
+(FOLDER/annotations.csv, images in FOLDER/images or FOLDER) are for scoring only.
 """
 
 import csv
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +41,8 @@ from sst.data.corpus import Corpus, open_corpus
 from sst.data.loader import shard_batches
 from sst.environment import usable_cpus
 from sst.nn.augment import warp_images
-from sst.nn.network import DetectorDescriptor, LandmarkDetector
+from sst.nn.network import DetectorDescriptor, LandmarkDetector, NetworkShape
+from sst.nn.precision import autocast
 from sst.report.evaluate_run import AnnotatedImages, score_constant, score_first_keypoints, score_run
 from sst.report.evaluation import percent
 from sst.train.checkpoint import latest_checkpoint
@@ -50,7 +52,7 @@ from sst.train.run_directory import RunDirectory
 WARM_UP, STAGE_1 = 1 / 11, 5 / 11
 """Shares of all steps after which warm-up and stage 1 end: 1,000 + 4,000 + 6,000 in the preset faces-cpu."""
 
-LEAST_ROUND, MOST_ROUNDS = 150, 8
+LEAST_ROUND, MOST_ROUNDS = 100, 8
 """Steps without which a round teaches the descriptors too little for another, and the preset's number of rounds."""
 
 LEAST_IMAGES, MOST_IMAGES = 64, 1500
@@ -65,7 +67,14 @@ LEAST_WEIGHTS = 0.9
 """Of its root mean square so much must be left to the median convolution. Weights that stage 2 wears away lose 5e-4,
 the learning rate, of their 0.03 a step, so that thirty steps take a third; those that learn do not shrink."""
 
-CLUSTERS = 40
+INPUT_SIZE, DEPTH, CLUSTERS = 256, 4, 40
+
+LEAST_STEPS = 400
+"""Steps for which rather fewer images are taken in each."""
+
+VIEW_SECONDS = 0.02
+"""Seconds of a core for a random view of 256 px."""
+
 LABELLED_IMAGES = 16
 """Images on which the maps of stage 2 are looked at."""
 
@@ -76,28 +85,60 @@ class Scale:
 
     Attributes:
         width: channels of the network.
-        pairs: in a step of stage 1, two images each.
-        batch: images in a step of stage 2.
+        batch: images in a step of stage 2, and views in a step of stage 1 as long as these are no more than published.
         image: seconds of an image in a step.
         start: seconds before the first step and after the last.
     """
 
     width: int
-    pairs: int
     batch: int
     image: float
     start: float
 
+    @property
+    def pairs(self) -> int:
+        """Pairs of views in a step of stage 1."""
+        return min(16, self.batch // 2)
 
-def scale_of(width: int, gpu: bool) -> Scale:
+    def steps(self, minutes: float) -> int:
+        """That fit so many minutes, a quarter of which is for passes over the images."""
+        return int(0.75 * self.seconds(minutes) / (self.batch * self.image))
+
+    def seconds(self, minutes: float) -> float:
+        """What is left of so many minutes between start and end."""
+        return max(60.0 * minutes - self.start, 30.0)
+
+
+def scale_of(width: int, gpu: bool, minutes: float) -> Scale:
     """Sizes and seconds of a width on this machine, with its GPU or on its cores.
 
-    On a GPU (H200, benchmarks/RESULTS.md): 700 images of full width a second, minutes to compile each stage. On two
-    cores an image takes 0.1 s where views are most of it, 0.17 s at a width of 64, 3.4 s at 256.
+    On a GPU the published batches at 700 images a second of full width and minutes to compile each stage (as measured
+    on an H200). On cores the time of an image is measured, and the batch is the largest, up to that of the preset
+    faces-cpu, with which there are some hundred steps.
     """
     if gpu:
-        return Scale(width, 16, 64, 1 / 700, 240.0)
-    return Scale(width, 4, 8, max(0.1, 0.17 * (width / 64) ** 2.15) * 2 / usable_cpus(), 75.0)
+        return Scale(width, 64, 1 / 700, 240.0)
+    image = image_seconds(width)
+    scales = [Scale(width, batch, image, 75.0) for batch in (32, 16, 8)]
+    return next((scale for scale in scales if scale.steps(minutes) >= LEAST_STEPS), scales[-1])
+
+
+def image_seconds(width: int) -> float:
+    """Seconds of an image in a step on this machine's cores: forward and backward as measured now, and the views.
+
+    Measured on one thread in seconds of its core, which other processes hardly change; workers use all cores.
+    """
+    model, seconds = LandmarkDetector(NetworkShape(width, DEPTH, width // 8, width), CLUSTERS), []
+    images, threads = torch.rand(2, 3, INPUT_SIZE, INPUT_SIZE), torch.get_num_threads()
+    torch.set_num_threads(1)
+    for _ in range(3):
+        started = time.process_time()
+        with autocast(images.device, "auto"):
+            heat = model(images)
+        heat.float().square().mean().backward()
+        seconds.append((time.process_time() - started) / len(images))
+    torch.set_num_threads(threads)
+    return (min(seconds) + VIEW_SECONDS) / usable_cpus()
 
 
 @dataclass(frozen=True)
@@ -117,11 +158,10 @@ def schedule(minutes: float, scale: Scale) -> Schedule:
     As many rounds as leave each its least steps; one at least. A pass without gradients takes a third of a step's time
     per image, and there is one after the warm-up and each round and merging, and three at the end.
     """
-    seconds = max(60.0 * minutes - scale.start, 30.0)
-    steps = int(0.75 * seconds / (max(2 * scale.pairs, scale.batch) * scale.image))
+    steps = scale.steps(minutes)
     in_rounds = int((STAGE_1 - WARM_UP) * steps)
     rounds = max(1, min(MOST_ROUNDS, in_rounds // LEAST_ROUND))
-    images = int(0.25 * seconds / ((rounds + MERGINGS + 4) * scale.image / 3))
+    images = int(0.25 * scale.seconds(minutes) / ((rounds + MERGINGS + 4) * scale.image / 3))
     return Schedule(
         images=max(LEAST_IMAGES, min(MOST_IMAGES, images)),
         warm_up=max(2, int(WARM_UP * steps)),
@@ -136,7 +176,7 @@ def train_words(plan: Schedule, scale: Scale, out: Path, name: str) -> list[str]
     told: dict[str, object] = {
         "shards": out / f"{name}-shards", "name": name, "runs": out / "runs",
         "tracking": f"sqlite:///{out.absolute()}/mlflow.db",
-        "network.input-size": 256, "network.depth": 4, "network.width": scale.width,
+        "network.input-size": INPUT_SIZE, "network.depth": DEPTH, "network.width": scale.width,
         "network.groups": scale.width // 8, "network.descriptor-size": scale.width,
         "cluster.clusters": CLUSTERS,
         "stage1.pairs": scale.pairs, "stage1.warmup-iterations": plan.warm_up,
@@ -414,9 +454,11 @@ class Command:
             print(f"{trained.run.url} is there already; take another --out", file=sys.stderr)
             return 2
         self.out.mkdir(parents=True, exist_ok=True)
-        scale = scale_of(self.width, torch.cuda.is_available())
+        scale = scale_of(self.width, torch.cuda.is_available(), self.minutes)
         plan = schedule(self.minutes, scale)
-        title = f"{machine()}; idle before: {100 * idle_share():.0f} %; {name}, {self.minutes:g} minutes; {plan}"
+        title = (
+            f"{machine()}; idle before: {100 * idle_share():.0f} %; {name}, {self.minutes:g} minutes; {scale}; {plan}"
+        )
         print(title, flush=True)
         seconds, log = 120 * self.minutes, self.out / "logs" / f"{name}.txt"
         words = [*train_words(plan, scale, self.out, name), *more]

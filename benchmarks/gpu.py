@@ -248,7 +248,8 @@ def check_cuml(plan: Plan) -> str:
 
 def both_backends(rows: int, width: int, clusters: int) -> str:
     """Fits by torch and by cuML, each from its own start."""
-    from cluster.actor import KMeansActor, KMeansSettings
+    from cluster.actor import KMeansActor
+    from cluster.kmeans import KMeansSettings
 
     seen, inertia = [f"{rows} x {width}, K = {clusters}"], {}
     with tempfile.TemporaryDirectory() as folder:
@@ -279,15 +280,13 @@ def check_pool(plan: Plan) -> str:
 
 def pool_of_one(rows: int, width: int, clusters: int) -> str:
     """The one member is in this process, since Ray would have a single actor fit alone."""
-    from cluster.kmeans import fit
+    from cluster.kmeans import KMeansSettings, fit
     from cluster.pool import PoolMember, fit_pool
 
     x = clustered_rows(rows, width, clusters)
-    member = PoolMember(x)
-    pooled = fit_pool(
-        lambda method, told: [getattr(member, method)(*own) for own in told], 1, clusters, seed=0, nccl=True
-    )
-    return agreeing("pool of one over NCCL", pooled, fit(x, clusters, seed=0, backend="torch"))
+    member, settings = PoolMember(x), KMeansSettings(clusters, backend="torch")
+    pooled = fit_pool(lambda method, told: [getattr(member, method)(*own) for own in told], 1, settings, nccl=True)
+    return agreeing("pool of one over NCCL", pooled, fit(x, settings))
 
 
 def pool_by_ray(members: int, gpus: float, rows: int, width: int, clusters: int) -> str:
@@ -295,9 +294,10 @@ def pool_by_ray(members: int, gpus: float, rows: int, width: int, clusters: int)
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray
 
-    from cluster.actor import KMeansActor, KMeansSettings, start_actor
+    from cluster.actor import KMeansActor, start_actor
+    from cluster.kmeans import KMeansSettings
 
-    ray.init("local", num_cpus=members, log_to_driver=False, include_dashboard=False)
+    ray.init("local", num_cpus=members, log_to_driver=False)
     settings = KMeansSettings(clusters, seed=0, backend="cuml" if gpus else "torch")
     with tempfile.TemporaryDirectory() as folder:
         sample = saved_sample(folder, clustered_rows(rows, width, clusters))
@@ -418,7 +418,7 @@ class Command:
             out=self.out,
             images=self.images,
             gpus=torch.cuda.device_count() if full else 0,
-            scale=scale_of(256 if full else NARROW, full),
+            scale=scale_of(256 if full else NARROW, full, IMAGES_SHARE * minutes),
             minutes=minutes,
             deadline=time.monotonic() + 60 * minutes,
             more=tuple(more),

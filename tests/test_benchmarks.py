@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import fullsize, gpu
 from benchmarks.checks import DidNotHold, NotRunHere, checked, isolated, job, report
-from benchmarks.fullsize import scale_of, schedule, train_words
+from benchmarks.fullsize import Scale, schedule, train_words
 from benchmarks.round import rounds_of
 from cluster.actor import read_sample
 from cluster.kmeans import fit
@@ -88,9 +88,9 @@ def test_a_check_whose_process_dies_did_not_hold():
         isolated(os._exit, 7, seconds=120)
 
 
-@pytest.mark.parametrize("width", [16, 64, 256])
-def test_a_schedule_is_one_that_training_takes_and_that_fits_the_time(tmp_path, capsys, width):
-    scale = scale_of(width, gpu=False)
+@pytest.mark.parametrize(("width", "image"), [(16, 0.02), (64, 0.04), (256, 3.0)])
+def test_a_schedule_is_one_that_training_takes_and_that_fits_the_time(tmp_path, capsys, width, image):
+    scale = Scale(width, batch=8, image=image, start=75.0)
     plan = schedule(60, scale)
     train.main([*train_words(plan, scale, tmp_path, "run"), "--print-config"])
     told = json.loads(capsys.readouterr().out)
@@ -103,7 +103,7 @@ def test_a_schedule_is_one_that_training_takes_and_that_fits_the_time(tmp_path, 
 
 def plan_without_gpu(out, **told) -> gpu.Plan:
     told = {"images": None, "gpus": 0, "minutes": 8.0, "deadline": math.inf} | told
-    return gpu.Plan(out=out, scale=scale_of(16, gpu=False), **told)
+    return gpu.Plan(out=out, scale=Scale(16, batch=8, image=0.02, start=75.0), **told)
 
 
 def test_what_needs_a_gpu_is_said_to_be_not_run_where_there_is_none(tmp_path):
