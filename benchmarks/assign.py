@@ -22,11 +22,11 @@ def shard(images: int, points: int, clusters: int, width: int, spread: float) ->
     rng = np.random.default_rng(0)
     centroids = rng.normal(size=(clusters, width)).astype(np.float32)
     centroids /= np.linalg.norm(centroids, axis=1, keepdims=True)
-    own = np.concatenate([rng.permutation(clusters)[:points] for _ in range(images)])
-    rows = centroids[own] + rng.normal(scale=spread / np.sqrt(width), size=(len(own), width))
+    each = np.concatenate([rng.permutation(clusters)[:points] for _ in range(images)])
+    rows = centroids[each] + rng.normal(scale=spread / np.sqrt(width), size=(len(each), width))
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     offsets = np.arange(images + 1) * points
-    return Descriptors(offsets, np.zeros((len(own), 2), np.float32), rows.astype(np.float16)), centroids
+    return Descriptors(offsets, np.zeros((len(each), 2), np.float32), rows.astype(np.float16)), centroids
 
 
 def straightforward(descriptors: Descriptors, centroids: np.ndarray) -> None:

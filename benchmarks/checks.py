@@ -126,7 +126,7 @@ def job(verb: str, words: Sequence[str], log: Path, seconds: float, look: Callab
     return True
 
 
-def isolated(function: Callable[..., str], *told: Any, seconds: float) -> str:
+def isolated(function: Callable[..., str], *given: Any, seconds: float) -> str:
     """Runs a function in a process of its own: a GPU library that crashes takes nothing else with it.
 
     Raises:
@@ -134,7 +134,7 @@ def isolated(function: Callable[..., str], *told: Any, seconds: float) -> str:
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(theirs, function, told))
+    process = context.Process(target=_answer, args=(theirs, function, given))
     process.start()
     theirs.close()
     try:
@@ -152,9 +152,9 @@ def isolated(function: Callable[..., str], *told: Any, seconds: float) -> str:
     return str(seen)
 
 
-def _answer(pipe: Any, function: Callable[..., str], told: Sequence[Any]) -> None:
+def _answer(pipe: Any, function: Callable[..., str], given: Sequence[Any]) -> None:
     try:
-        pipe.send((True, function(*told)))
+        pipe.send((True, function(*given)))
     except DidNotHold as error:
         pipe.send((False, str(error)))
     except Exception as error:

@@ -53,10 +53,10 @@ def sizes_of(size: Size, precision: Precision = "auto") -> Sizes:
         return Sizes(NetworkShape(), 100, 16, 64, 0.2, *steps)
     from sst.presets import PRESETS  # not on a bare GPU machine
 
-    told = PRESETS["faces-cpu"][1].with_precision(precision)
-    one, two = told.stage1, told.stage2
-    steps = told.stage1_step(), told.stage2_step()
-    return Sizes(told.network.shape, told.cluster.clusters, one.pairs, two.batch, one.threshold, *steps)
+    given = PRESETS["faces-cpu"][1].with_precision(precision)
+    one, two = given.stage1, given.stage2
+    steps = given.stage1_step(), given.stage2_step()
+    return Sizes(given.network.shape, given.cluster.clusters, one.pairs, two.batch, one.threshold, *steps)
 
 
 def machine() -> str:

@@ -30,17 +30,17 @@ def main() -> None:
     parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto")
     parser.add_argument("--compiled", action="store_true", help="by torch.compile, as training does it on GPUs")
     parser.add_argument("--repeats", type=int, default=10)
-    told = parser.parse_args()
-    device, sizes = device_of_run(), sizes_of(told.size)
-    side, images = sizes.stage1.input_size, told.images
+    given = parser.parse_args()
+    device, sizes = device_of_run(), sizes_of(given.size)
+    side, images = sizes.stage1.input_size, given.images
     torch.manual_seed(0)
-    model: nn.Module = laid_out(DetectorDescriptor(sizes.shape), device, told.compiled).eval()
-    if told.compiled:
+    model: nn.Module = laid_out(DetectorDescriptor(sizes.shape), device, given.compiled).eval()
+    if given.compiled:
         model = torch.compile(model)
     batch = random_batch(images, sizes.stage1.input_size, sizes.clusters).to(device)
     labels = torch.rand(images, POINTS, 2, device=device) * (side // 4 - 1)
     with torch.inference_mode():
-        heat, desc = keypoint_maps(model, batch, side, told.precision)
+        heat, desc = keypoint_maps(model, batch, side, given.precision)
         every = decode_keypoints(heat, 0.0)[2].sort(descending=True).values
         threshold = float(every[min(len(every) - 1, POINTS * images)])
         image, found, _ = decode_keypoints(heat, threshold)
@@ -49,9 +49,9 @@ def main() -> None:
     work = {
         "all, and to the host": lambda: [
             part.cpu()
-            for part in describe(model, batch, labels, input_size=side, threshold=threshold, precision=told.precision)
+            for part in describe(model, batch, labels, input_size=side, threshold=threshold, precision=given.precision)
         ],
-        "views and forward pass": lambda: keypoint_maps(model, batch, side, told.precision),
+        "views and forward pass": lambda: keypoint_maps(model, batch, side, given.precision),
         "suppression and decoding": lambda: decode_keypoints(heat, threshold),
         "uniting with the previous labels": lambda: unite(labels, image, found, side // 4, side // 4),
         "sampling of descriptors": lambda: sample_descriptors(desc, padded),
@@ -61,7 +61,7 @@ def main() -> None:
     rows, whole = [], 0.0
     with torch.inference_mode():
         for name, each in work.items():
-            taken = wall_seconds(each, told.repeats, warm_up=3)
+            taken = wall_seconds(each, given.repeats, warm_up=3)
             middle = statistics.median(taken)
             whole = whole or middle
             milliseconds = summed_up([1e3 * seconds for seconds in taken])

@@ -52,24 +52,24 @@ from sst.train.run_directory import RunDirectory
 WARM_UP, STAGE_1 = 1 / 11, 5 / 11
 """Shares of all steps after which warm-up and stage 1 end: 1,000 + 4,000 + 6,000 in the preset faces-cpu."""
 
-LEAST_ROUND, MOST_ROUNDS = 100, 8
+MIN_ROUND, MAX_ROUNDS = 100, 8
 """Steps without which a round teaches the descriptors too little for another, and the preset's number of rounds."""
 
-LEAST_IMAGES, MOST_IMAGES = 64, 1500
+MIN_IMAGES, MAX_IMAGES = 64, 1500
 """Fewer than the least give too few descriptors for the clusters; more than the most make passes longer, not better."""
 
 MERGINGS = 4
 """Of stage 2: at a third of it, and then after each sixth."""
 
-LEAST_LABELS = 0.5
-LEAST_LANDMARKS, VISIBLE_IMAGES = 12, 0.8
-LEAST_WEIGHTS = 0.9
+MIN_LABELS = 0.5
+MIN_LANDMARKS, VISIBLE_IMAGES = 12, 0.8
+MIN_WEIGHTS = 0.9
 """Of its root mean square so much must be left to the median convolution. Weights that stage 2 wears away lose 5e-4,
 the learning rate, of their 0.03 a step, so that thirty steps take a third; those that learn do not shrink."""
 
 INPUT_SIZE, DEPTH, CLUSTERS = 256, 4, 40
 
-LEAST_STEPS = 400
+MIN_STEPS = 400
 """Steps for which rather fewer images are taken in each."""
 
 VIEW_SECONDS = 0.02
@@ -120,7 +120,7 @@ def scale_of(width: int, gpu: bool, minutes: float) -> Scale:
         return Scale(width, 64, 1 / 700, 240.0)
     image = image_seconds(width)
     scales = [Scale(width, batch, image, 75.0) for batch in (32, 16, 8)]
-    return next((scale for scale in scales if scale.steps(minutes) >= LEAST_STEPS), scales[-1])
+    return next((scale for scale in scales if scale.steps(minutes) >= MIN_STEPS), scales[-1])
 
 
 def image_seconds(width: int) -> float:
@@ -160,10 +160,10 @@ def schedule(minutes: float, scale: Scale) -> Schedule:
     """
     steps = scale.steps(minutes)
     in_rounds = int((STAGE_1 - WARM_UP) * steps)
-    rounds = max(1, min(MOST_ROUNDS, in_rounds // LEAST_ROUND))
+    rounds = max(1, min(MAX_ROUNDS, in_rounds // MIN_ROUND))
     images = int(0.25 * scale.seconds(minutes) / ((rounds + MERGINGS + 4) * scale.image / 3))
     return Schedule(
-        images=max(LEAST_IMAGES, min(MOST_IMAGES, images)),
+        images=max(MIN_IMAGES, min(MAX_IMAGES, images)),
         warm_up=max(2, int(WARM_UP * steps)),
         rounds=rounds,
         round_steps=max(2, in_rounds // rounds),
@@ -173,7 +173,7 @@ def schedule(minutes: float, scale: Scale) -> Schedule:
 
 def train_words(plan: Schedule, scale: Scale, out: Path, name: str) -> list[str]:
     """The arguments of jobs.train."""
-    told: dict[str, object] = {
+    given: dict[str, object] = {
         "shards": out / f"{name}-shards", "name": name, "runs": out / "runs",
         "tracking": f"sqlite:///{out.absolute()}/mlflow.db",
         "network.input-size": INPUT_SIZE, "network.depth": DEPTH, "network.width": scale.width,
@@ -186,7 +186,7 @@ def train_words(plan: Schedule, scale: Scale, out: Path, name: str) -> list[str]
         "stage2.merge-after": plan.stage2 // 3, "stage2.merge-every": -(-plan.stage2 // 6),
         "resources.checkpoint-steps": max(5, min(200, plan.warm_up)),
     }  # fmt: skip
-    words = [word for option, value in told.items() for word in (f"--{option}", str(value))]
+    words = [word for option, value in given.items() for word in (f"--{option}", str(value))]
     milestones = [str(plan.stage2 * part // 6) for part in (4, 5)]
     return ["faces-cpu", *words, "--stage2.milestones", *milestones]
 
@@ -204,11 +204,11 @@ def pack(corpus: str, images: int, out: Path, name: str, seconds: float) -> str:
     return f"{manifest.samples_of('train')} training and {manifest.samples_of('test')} test images"
 
 
-def thinned(folder: Path, most: int, out: Path) -> list[str]:
+def thinned(folder: Path, maximum: int, out: Path) -> list[str]:
     """Links to at most so many images of a folder, drawn evenly, with their annotations; the words that name them."""
     notes, root = folder / "annotations.csv", folder / "images" if (folder / "images").is_dir() else folder
     names = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file() and path != notes)
-    chosen = {names[number] for number in np.linspace(0, len(names) - 1, min(most, len(names))).astype(int)}
+    chosen = {names[number] for number in np.linspace(0, len(names) - 1, min(maximum, len(names))).astype(int)}
     for name in chosen:
         link = out / "images" / name
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -287,7 +287,7 @@ def check_labels(trained: Trained) -> str:
     if not found:
         raise DidNotHold("there was no round")
     seen = f"labels per image by round: {', '.join(f'{each:.1f}' for each in found)}"
-    if min(found) < LEAST_LABELS * found[0] or not found[0]:
+    if min(found) < MIN_LABELS * found[0] or not found[0]:
         raise DidNotHold(seen)
     return seen
 
@@ -317,7 +317,7 @@ def check_weights(trained: Trained) -> str:
     spread = [f"{min(each.values()):.2g} to {max(each.values()):.2g}" for each in (before, after)]
     middle = shares[len(shares) // 2]
     seen = f"RMS of the convolutions {spread[0]} before stage 2, {spread[1]} after it; median ratio {middle:.2f}"
-    if not middle >= LEAST_WEIGHTS:
+    if not middle >= MIN_WEIGHTS:
         raise DidNotHold(seen)
     return seen
 
@@ -385,7 +385,7 @@ def check_landmarks(trained: Trained) -> str:
     """Twelve landmarks must be visible in most test images."""
     shown, every = visible_in_most(trained)
     seen = f"{shown} of {every} landmarks visible in over 80 % of the test images"
-    if shown < LEAST_LANDMARKS:
+    if shown < MIN_LANDMARKS:
         raise DidNotHold(seen)
     return seen
 

@@ -30,11 +30,11 @@ def main(inputs: int = 5_000, seed: int = 1) -> None:
     with tempfile.TemporaryDirectory() as folder:
         counts = fuzz(Path(folder), inputs, seed)
     table = Table("reader", "inputs", "accepted", "documented errors")
-    for name, own in counts.items():
-        errors = ", ".join(f"{error} {count}" for error, count in sorted(own.items()) if error != "accepted")
-        table.add_row(name, str(sum(own.values())), str(own.get("accepted", 0)), errors)
+    for name, each in counts.items():
+        errors = ", ".join(f"{error} {count}" for error, count in sorted(each.items()) if error != "accepted")
+        table.add_row(name, str(sum(each.values())), str(each.get("accepted", 0)), errors)
     Console().print(table)
-    total = sum(sum(own.values()) for own in counts.values())
+    total = sum(sum(each.values()) for each in counts.values())
     print(f"{total} inputs, {time.monotonic() - started:.0f} s, nothing but documented errors")
 
 

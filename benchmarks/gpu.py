@@ -285,7 +285,7 @@ def pool_of_one(rows: int, width: int, clusters: int) -> str:
 
     x = clustered_rows(rows, width, clusters)
     member, settings = PoolMember(x), KMeansSettings(clusters, backend="torch")
-    pooled = fit_pool(lambda method, told: [getattr(member, method)(*own) for own in told], 1, settings, nccl=True)
+    pooled = fit_pool(lambda method, given: [getattr(member, method)(*each) for each in given], 1, settings, nccl=True)
     return agreeing("pool of one over NCCL", pooled, fit(x, settings))
 
 

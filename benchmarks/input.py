@@ -57,7 +57,7 @@ def main(pairs: int = 16, side: int = 256, points: int = 40, repeats: int = 7) -
     stored, places = samples(pairs, side, points)
     rng = np.random.default_rng(0)
     cluster = [rng.permutation(CLUSTERS)[:points].astype(np.int16) for _ in range(pairs)]
-    told, generator = Augmentation(), torch.Generator().manual_seed(0)
+    given, generator = Augmentation(), torch.Generator().manual_seed(0)
 
     def load() -> Batch:
         return collate([decode_to_view(s, side) for s in stored], list(places), cluster, [s.key for s in stored])
@@ -70,20 +70,20 @@ def main(pairs: int = 16, side: int = 256, points: int = 40, repeats: int = 7) -
             batch.to_view[chosen],
             batch.points[chosen],
             side,
-            told,
+            given,
             generator,
         )
-        own = batch.cluster[chosen]
-        detector_target(moved, torch.where(inside, own, -1), side // 4, side // 4)
-        pair_masks(Labelled(own[:pairs], inside[:pairs]), Labelled(own[pairs:], inside[pairs:]))
+        each = batch.cluster[chosen]
+        detector_target(moved, torch.where(inside, each, -1), side // 4, side // 4)
+        pair_masks(Labelled(each[:pairs], inside[:pairs]), Labelled(each[pairs:], inside[pairs:]))
 
     partner = torch.where(torch.arange(pairs) % 2 == 0, torch.arange(pairs), (torch.arange(pairs) + 1) % pairs)
-    labelled = [np.column_stack([4 * own, which]) for own, which in zip(places, cluster, strict=True)]
+    labelled = [np.column_stack([4 * item, which]) for item, which in zip(places, cluster, strict=True)]
 
     def rendition() -> None:
         for number, other in enumerate(partner.tolist()):
             jpegs = stored[number].jpeg, stored[other].jpeg
-            stage1_pair(jpegs, (labelled[number], labelled[other]), side, told, rng)
+            stage1_pair(jpegs, (labelled[number], labelled[other]), side, given, rng)
 
     def only_pairs() -> None:
         for number, other in enumerate(partner.tolist()):
@@ -117,13 +117,13 @@ def main(pairs: int = 16, side: int = 256, points: int = 40, repeats: int = 7) -
     for name, seconds in rows.items():
         table.add_row(name, summed_up([1e3 * each / pairs for each in seconds]))
     images_only = [a - b for a, b in zip(published, pairing, strict=True)]
-    for name, theirs, own in (
+    for name, theirs, item in (
         ("ratio, with views on the CPU", published, whole),
         ("the same without the table of pairs", images_only, whole),
         ("ratio, with views on a GPU", published, host),
         ("the same without the table of pairs ", images_only, host),
     ):
-        table.add_row(name, summed_up([b / a for a, b in zip(own, theirs, strict=True)]))
+        table.add_row(name, summed_up([b / a for a, b in zip(item, theirs, strict=True)]))
     console.print(table)
 
 

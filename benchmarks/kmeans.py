@@ -122,9 +122,9 @@ def quality(rows: int, width: int, clusters: int) -> None:
             prepared = prepare(x)
             fits = [fit(prepared, KMeansSettings(clusters, seed=seed)) for seed in range(3)]
             nearest = [torch.cdist(*map(torch.from_numpy, (prepared, one.centroids))).argmin(1) for one in fits]
-            agreed = [adjusted_rand_score(group, own.numpy()) for own in nearest]
-            means = [np.stack([x[own.numpy() == k].mean(0) for k in range(clusters)]) for own in nearest]
-            above = [100 * (inertia(x, own) / best - 1) for own in means]
+            agreed = [adjusted_rand_score(group, each.numpy()) for each in nearest]
+            means = [np.stack([x[each.numpy() == k].mean(0) for k in range(clusters)]) for each in nearest]
+            above = [100 * (inertia(x, each) / best - 1) for each in means]
             table.append((
                 f"{spread:.0e}, {share:.0%}, {groups}", name, f"{min(above):+.2f} to {max(above):+.2f} %",
                 f"{min(agreed):.3f} to {max(agreed):.3f}", str(max(one.empty for one in fits)),
@@ -142,30 +142,30 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="whose median counts, after one that warms up")
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0 for all")
     parser.add_argument("--quality", action="store_true", help="of the start, instead of speed; wants scikit-learn")
-    told = parser.parse_args()
-    if told.threads:
-        torch.set_num_threads(told.threads)
-    sizes = f"{told.rows} x {told.width}, K = {told.clusters}, {told.iterations} iterations"
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    sizes = f"{given.rows} x {given.width}, K = {given.clusters}, {given.iterations} iterations"
     print(machine(), f"idle before: {100 * idle_share():.0f} %", sizes, sep="; ")
-    if told.quality:
-        quality(told.rows, told.width, told.clusters)
+    if given.quality:
+        quality(given.rows, given.width, given.clusters)
         return
     rng = np.random.default_rng(0)
-    centres = rng.normal(size=(3 * told.clusters, told.width)).astype(np.float32)
-    x = centres[rng.integers(0, len(centres), told.rows)] + rng.standard_normal((told.rows, told.width), np.float32)
+    centres = rng.normal(size=(3 * given.clusters, given.width)).astype(np.float32)
+    x = centres[rng.integers(0, len(centres), given.rows)] + rng.standard_normal((given.rows, given.width), np.float32)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
-    start = x[rng.choice(told.rows, told.clusters, replace=False)].copy()
+    start = x[rng.choice(given.rows, given.clusters, replace=False)].copy()
     rows: list[tuple[str, ...]] = []
     taken: dict[str, list[float]] = {}
     found: dict[str, tuple[np.ndarray, int]] = {}
     for name, method in METHODS.items():
         try:
-            found[name], taken[name] = method(x, start, told.iterations), []
+            found[name], taken[name] = method(x, start, given.iterations), []
         except (ImportError, RuntimeError) as error:
             rows.append((name, f"not here: {str(error)[:60]}", "", "", ""))
-    for _ in range(told.repeats):
+    for _ in range(given.repeats):
         for name, seconds in taken.items():
-            seconds += wall_seconds(partial(METHODS[name], x, start, told.iterations), repeats=1, warm_up=0)
+            seconds += wall_seconds(partial(METHODS[name], x, start, given.iterations), repeats=1, warm_up=0)
     for name, seconds in taken.items():
         centroids, steps = found[name]
         each = [1000 * one / steps for one in seconds]

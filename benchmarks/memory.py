@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 SCHEDULE = """
---network.width 16 --network.depth 2 --network.groups 2 --network.descriptor-size 16 --keypoints.most 20
+--network.width 16 --network.depth 2 --network.groups 2 --network.descriptor-size 16 --keypoints.max-num-keypoints 20
 --cluster.sample 10000 --stage1.warmup-iterations 60 --stage1.rounds 1 --stage1.round-iterations 60
 --stage2.iterations 120 --stage2.merge-after 60 --stage2.merge-every 60
 """.split()
@@ -72,8 +72,8 @@ def main(counts: tuple[int, ...] = (1_000, 20_000)) -> None:
             )
             place = ["--shards", shards, "--name", "memory", "--runs", folder, "--tracking", database]
             trained = watch([sys.executable, "-m", "jobs.train", "toy-cpu", *place, *SCHEDULE])
-        figures = (packed.largest, trained.largest, trained.total, trained.seconds)
-        table.add_row(f"{count:,}", *(f"{value:.0f}" for value in figures))
+        metrics = (packed.largest, trained.largest, trained.total, trained.seconds)
+        table.add_row(f"{count:,}", *(f"{value:.0f}" for value in metrics))
         Console().print(table)  # the next number of images may take an hour
 
 

@@ -54,8 +54,8 @@ def main(
             if found is not None:
                 errors.append(100 * (found / length[:, None]).mean(0))
         if errors:
-            means = [own.mean() for own in errors]
-            worst = np.median([own.max() for own in errors])
+            means = [each.mean() for each in errors]
+            worst = np.median([each.max() for each in errors])
             spread = f"{min(means):.2f} to {max(means):.2f}"
             table.add_row(str(count), f"{np.median(means):.2f}", f"{worst:.2f}", spread)
     Console().print(table)

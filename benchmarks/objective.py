@@ -22,7 +22,7 @@ from sst.tune.sweep import REDUCTION
 MORE_IS_BETTER = ("label_persistence", "visible_share", "repeatability", "landmarks", "labels_per_image")
 
 
-def figures_of(sweep: Path) -> dict[str, dict[str, float]]:
+def metrics_of(sweep: Path) -> dict[str, dict[str, float]]:
     """Figures of each finished trial, and of its rounds of stage 1."""
     found = {}
     for path in sorted(sweep.glob("trials/*/trial.json")):
@@ -31,14 +31,14 @@ def figures_of(sweep: Path) -> dict[str, dict[str, float]]:
             continue
         clusters = json.loads((path.parent / "settings.json").read_text())["settings"]["cluster"]["clusters"]
         rounds = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
-        own = [line for line in rounds if line.get("made_by") == "correspondence"]
-        figures = dict(record["figures"])
-        for number, line in enumerate(own, 1):
+        each = [line for line in rounds if line.get("made_by") == "correspondence"]
+        metrics = dict(record["figures"])
+        for number, line in enumerate(each, 1):
             for name in ("equivariance_error", "label_persistence", "labels_per_image"):
                 if name in line:
-                    figures[f"round {number}/{name}"] = line[name]
-            figures[f"round {number}/error to the clusters' distance"] = round_error(line, clusters)
-        found[path.parent.name] = figures
+                    metrics[f"round {number}/{name}"] = line[name]
+            metrics[f"round {number}/error to the clusters' distance"] = round_error(line, clusters)
+        found[path.parent.name] = metrics
     return found
 
 
@@ -48,29 +48,29 @@ def stopped(sweep: Path, trials: Mapping[str, Mapping[str, float]]) -> list[str]
     name = f"round {1 + max(1, rounds // 3)}/error to the clusters' distance"
     ended: list[str] = []
     earlier: list[float] = []
-    for number, figures in trials.items():
-        if earlier and figures[name] > np.percentile(earlier, 100 / REDUCTION):
+    for number, metrics in trials.items():
+        if earlier and metrics[name] > np.percentile(earlier, 100 / REDUCTION):
             ended.append(number)
-        earlier.append(figures[name])
+        earlier.append(metrics[name])
     return ended
 
 
-def candidates(figures: Mapping[str, float]) -> dict[str, float]:
+def candidates(metrics: Mapping[str, float]) -> dict[str, float]:
     """Each figure as something to be made small, and small combinations of them."""
-    own = {
+    each = {
         name: -value if name.rpartition("/")[2] in MORE_IS_BETTER else value
-        for name, value in figures.items()
+        for name, value in metrics.items()
         if "score" not in name
     }
-    error, seen = figures.get("model/equivariance_error"), figures.get("model/visible_share", 0.0)
-    again, loose = figures.get("model/repeatability", 0.0), figures.get("model/looseness")
+    error, seen = metrics.get("model/equivariance_error"), metrics.get("model/visible_share", 0.0)
+    again, loose = metrics.get("model/repeatability", 0.0), metrics.get("model/looseness")
     if error is not None and seen:
-        own["equivariance error / visible share"] = error / seen
+        each["equivariance error / visible share"] = error / seen
     if error is not None and again:
-        own["equivariance error / repeatability"] = error / again
+        each["equivariance error / repeatability"] = error / again
     if error is not None and loose is not None:
-        own["equivariance error x off its place"] = error * loose
-    return own
+        each["equivariance error x off its place"] = error * loose
+    return each
 
 
 def main(sweeps: tyro.conf.Positional[tuple[Path, ...]]) -> None:
@@ -80,16 +80,16 @@ def main(sweeps: tyro.conf.Positional[tuple[Path, ...]]) -> None:
         sweeps: directories of sweeps.
     """
     for sweep in sweeps:
-        found = figures_of(sweep)
+        found = metrics_of(sweep)
         trials = list(found.values())
-        rows = [candidates(figures) for figures in trials]
+        rows = [candidates(metrics) for metrics in trials]
         names = list(dict.fromkeys(name for row in rows for name in row))
         table = Table("figure", "trials with it", "forward", "backward", title=f"{sweep.name}: rank correlation")
         for name in names:
             shown = []
             for score in ("score/forward", "score/backward"):
                 ours = [row.get(name, math.inf) for row in rows]
-                theirs = [told.get(score, math.inf) for told in trials]
+                theirs = [given.get(score, math.inf) for given in trials]
                 value = float(spearmanr(ours, theirs).statistic) if len(trials) > 2 else math.nan
                 shown.append("-" if math.isnan(value) else f"{value:+.2f}")
             count = sum(name in row for row in rows)

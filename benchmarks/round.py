@@ -66,7 +66,7 @@ def main(runs: Sequence[Path], /, iterations: int | None = None) -> None:
         seconds = [
             (each["training"] + each["waiting for data"]) * iterations / each["steps"] + each["rest"] for each in rounds
         ]
-        share = [100 * own / (own + training) for own, training in zip(phase, seconds, strict=True)]
+        share = [100 * item / (item + training) for item, training in zip(phase, seconds, strict=True)]
         print(f"with {iterations} steps a round: correspondence {statistics.median(share):.1f} % of it")
 
 

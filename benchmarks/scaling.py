@@ -77,8 +77,8 @@ def measure(world: int, joined: bool, pairs: int, steps: int) -> tuple[float, fl
         port = free.getsockname()[1]
     context = mp.get_context("spawn")
     queue = context.Queue()
-    told = [(rank, world, joined, pairs, steps, port, queue) for rank in range(world)]
-    processes = [context.Process(target=worker, args=own) for own in told]
+    given = [(rank, world, joined, pairs, steps, port, queue) for rank in range(world)]
+    processes = [context.Process(target=worker, args=each) for each in given]
     for process in processes:
         process.start()
     results = [queue.get() for _ in processes]
@@ -124,7 +124,7 @@ def main(pairs: int = 8, steps: int = 12, repeats: int = 5) -> None:
             sent[name].append(through)
     table = Table("", "seconds per step", "images/s", "efficiency to 1 worker", "kB per step", title="stage-1 step")
     for name, (world, _) in kinds.items():
-        ratios = [one / own for one, own in zip(seconds["1 worker"], seconds[name], strict=True)]
+        ratios = [one / each for one, each in zip(seconds["1 worker"], seconds[name], strict=True)]
         rate = 2 * pairs * world / statistics.median(seconds[name])
         table.add_row(
             name,

@@ -52,12 +52,12 @@ def annotated_points(rng: np.random.Generator) -> np.ndarray:
 def write_corpus(url: str, points_NL2: np.ndarray, rng: np.random.Generator) -> Corpus:
     """Writes annotated images, the training images first."""
     with ShardWriter(url, "scoring", protocol="faces68") as writer:
-        for number, own in enumerate(points_NL2):
+        for number, each in enumerate(points_NL2):
             meta = SampleMeta(
                 source=str(number),
                 split="train" if number < TRAIN else "test",
                 box=(0.0, 0.0, 256.0, 256.0),
-                points=tuple((float(x), float(y)) for x, y in own),
+                points=tuple((float(x), float(y)) for x, y in each),
                 visible=(True,) * POINTS,
             )
             writer.add(rng.bytes(JPEG_BYTES), meta)
@@ -73,8 +73,8 @@ def write_predictions(
     confidence = (rng.random(landmarks.shape[:2]) >= MISSING).astype(np.float32)
     first = 0
     for shard in corpus.manifest.shards:
-        own = slice(first, first := first + shard.samples)
-        storage.save_npz(run.predictions_url(shard.file), points=landmarks[own], confidence=confidence[own])
+        each = slice(first, first := first + shard.samples)
+        storage.save_npz(run.predictions_url(shard.file), points=landmarks[each], confidence=confidence[each])
 
 
 @contextmanager
@@ -83,9 +83,9 @@ def watched(spent: dict[str, float]) -> Iterator[None]:
 
     def timed(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(work)
-        def watched_work(*told: Any, **named: Any) -> Any:
+        def watched_work(*given: Any, **named: Any) -> Any:
             started = time.perf_counter()
-            result = work(*told, **named)
+            result = work(*given, **named)
             spent[name] += time.perf_counter() - started
             return result
 
@@ -115,22 +115,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--landmarks", type=int, nargs="+", default=[20, 50, 90])
     parser.add_argument("--repeats", type=int, default=5, help="whose median counts, after one that warms up")
-    told = parser.parse_args()
+    given = parser.parse_args()
     print(machine(), f"idle before: {100 * idle_share():.0f} %", f"{TRAIN} + {TEST} images", sep="; ")
     columns: dict[str, list[str]] = {}
-    for k in told.landmarks:
+    for k in given.landmarks:
         rng = np.random.default_rng(0)
         with tempfile.TemporaryDirectory() as folder:
             points = annotated_points(rng)
             corpus, run = write_corpus(f"{folder}/shards", points, rng), RunDirectory(f"{folder}/run")
             write_predictions(run, corpus, points, rng, k)
-            repeats = [score(run, corpus) for _ in range(1 + told.repeats)][1:]
+            repeats = [score(run, corpus) for _ in range(1 + given.repeats)][1:]
         whole = statistics.median(one["all"] for one in repeats)
         for name in repeats[0]:
             taken = [one[name] for one in repeats]
             share = f"{100 * statistics.median(taken) / whole:.1f} %"
             columns.setdefault(name, []).extend((summed_up([1e3 * each for each in taken]), share))
-    header = [f"{k} landmarks: {what}" for k in told.landmarks for what in ("ms", "of all")]
+    header = [f"{k} landmarks: {what}" for k in given.landmarks for what in ("ms", "of all")]
     print_table(("", *header), [(name, *cells) for name, cells in columns.items()])
 
 

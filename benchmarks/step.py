@@ -167,18 +167,18 @@ def main() -> None:
     parser.add_argument("--losses", type=int, default=0, help="steps over which the loss is compared with float32's")
     parser.add_argument("--compiled", action="store_true", help="torch.compile too, which takes minutes on a CPU")
     parser.add_argument("--emulated", action="store_true", help="bf16 also where the device only emulates it")
-    told = parser.parse_args()
-    print(machine(), f"idle before: {100 * idle_share():.0f} %", f"size {told.size}", sep="; ")
-    variants = variants_of(device_of_run(), told.compiled, told.emulated)
+    given = parser.parse_args()
+    print(machine(), f"idle before: {100 * idle_share():.0f} %", f"size {given.size}", sep="; ")
+    variants = variants_of(device_of_run(), given.compiled, given.emulated)
     peaks = {precision: matrix_peak(precision) for precision in sorted({variant.precision for variant in variants})}
     print(*(f"matrix peak {name}: {peak / 1e12:.2f} TFLOP/s" for name, peak in peaks.items()), sep="; ")
-    best = {stage: compare(stage, told.size, variants, told.steps, told.repeats, peaks) for stage in told.stages}
-    if told.size == "full" and set(best) == {1, 2}:
+    best = {stage: compare(stage, given.size, variants, given.steps, given.repeats, peaks) for stage in given.stages}
+    if given.size == "full" and set(best) == {1, 2}:
         minutes = sum(seconds * PUBLISHED_STEPS[stage] for stage, seconds in best.items()) / 60
         print(f"\nsteps of the published schedule, without its rounds: {minutes:.0f} minutes")
-    for stage in told.stages if told.losses else ():
-        gaps = summed_up(loss_gaps(stage, variants[-1], told.size, told.losses))
-        print(f"stage {stage}: {variants[-1]} against {PLAIN} over {told.losses} steps: loss differs by {gaps} of it")
+    for stage in given.stages if given.losses else ():
+        gaps = summed_up(loss_gaps(stage, variants[-1], given.size, given.losses))
+        print(f"stage {stage}: {variants[-1]} against {PLAIN} over {given.losses} steps: loss differs by {gaps} of it")
 
 
 if __name__ == "__main__":

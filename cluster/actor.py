@@ -84,10 +84,10 @@ class KMeansActor:
         raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def _call_all(members: Sequence[Any], method: str, told: Sequence[tuple[Any, ...]]) -> list[Any]:
+def _call_all(members: Sequence[Any], method: str, given: Sequence[tuple[Any, ...]]) -> list[Any]:
     import ray
 
-    results: list[Any] = ray.get([getattr(one, method).remote(*own) for one, own in zip(members, told, strict=True)])
+    results: list[Any] = ray.get([getattr(one, method).remote(*each) for one, each in zip(members, given, strict=True)])
     return results
 
 
@@ -113,12 +113,12 @@ def even_parts(sample: Sequence[tuple[str, np.ndarray]], parts: int) -> list[lis
     split: list[list[tuple[str, np.ndarray]]] = []
     for part in range(parts):
         first, last = total * part // parts, total * (part + 1) // parts
-        own = [
+        each = [
             (url, rows[max(0, first - begin) : last - begin])
             for (url, rows), begin, count in zip(sample, ends, counts, strict=False)
             if begin < last and begin + count > first
         ]
-        split.append(own)
+        split.append(each)
     return split
 
 
@@ -135,7 +135,7 @@ def read_sample(sample: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
     for url, rows in sampled:
         part = widened(Descriptors.load(url).descriptors[rows])
         if not len(result):
-            result = np.empty((sum(len(own) for _, own in sampled), part.shape[1]), np.float32)
+            result = np.empty((sum(len(each) for _, each in sampled), part.shape[1]), np.float32)
         result[first : first + len(rows)] = part
         first += len(rows)
     return result
@@ -167,6 +167,6 @@ def start_actor(*, num_gpus: float = 0, num_cpus: float = 1, members: int = 1) -
     import ray
 
     actor = ray.remote(KMeansActor)
-    own = num_gpus if members == 1 else 0
-    options = actor.options(num_gpus=own, num_cpus=num_cpus, max_restarts=3, max_task_retries=3)
+    each = num_gpus if members == 1 else 0
+    options = actor.options(num_gpus=each, num_cpus=num_cpus, max_restarts=3, max_task_retries=3)
     return options.remote(members, num_gpus)

@@ -136,8 +136,8 @@ def solve(
     backend, taken = "torch", 0
     start_KD = np.ascontiguousarray(start_KD, dtype=np.float32)
     if by_cuml and variance > 0:
-        told = origin_D, float(np.sqrt(variance)), settings.iterations, settings.tolerance
-        start_KD, taken = by_cuml(start_KD, *told)
+        given = origin_D, float(np.sqrt(variance)), settings.iterations, settings.tolerance
+        start_KD, taken = by_cuml(start_KD, *given)
         backend = "cuml"
     centroids, found, more = lloyd(
         sums_at,

@@ -146,13 +146,13 @@ def lloyd(
     Returns:
         The centroids, the sums at them, and the steps taken.
     """
-    centroids_KD, refills, most = start_KD, 0, iterations
+    centroids_KD, refills, maximum = start_KD, 0, iterations
     for taken in count():
         found = sums_at(centroids_KD)
         if refills < REFILLS and bool((found.counts == 0).any()):
             moved_KD = refilled(means(found, centroids_KD), found, rng)
-            refills, most, settled = refills + 1, max(most, taken + SETTLING), False
-        elif settled or taken >= most:
+            refills, maximum, settled = refills + 1, max(maximum, taken + SETTLING), False
+        elif settled or taken >= maximum:
             return centroids_KD, found, taken
         else:
             moved_KD = means(found, centroids_KD)

@@ -71,9 +71,9 @@ class PoolMember:
         """Names a new NCCL group, which all members then join."""
         return rapids.group_id()
 
-    def fit_together(self, *told: Any) -> tuple[np.ndarray, int]:
+    def fit_together(self, *given: Any) -> tuple[np.ndarray, int]:
         """Fits together with the other members; see `cluster.rapids.fit_together`."""
-        return rapids.fit_together(self._x, *told)
+        return rapids.fit_together(self._x, *given)
 
 
 def fit_pool(call: Call, members: int, settings: KMeansSettings, *, nccl: bool = False) -> KMeansResult:
@@ -98,16 +98,16 @@ def fit_pool(call: Call, members: int, settings: KMeansSettings, *, nccl: bool =
     ends = np.cumsum([part.rows for part in facts])
 
     def take(numbers: np.ndarray) -> np.ndarray:
-        return np.concatenate(call("take", [(own,) for own in _split(numbers, ends)]))
+        return np.concatenate(call("take", [(each,) for each in _split(numbers, ends)]))
 
     def sums_at(centroids_KD: torch.Tensor) -> Sums:
         parts: list[Sums] = call("sums", [(centroids_KD.numpy(), origin_D)] * members)
         return reduce(add, parts)
 
-    def by_cuml(*told: Any) -> tuple[np.ndarray, int]:
+    def by_cuml(*given: Any) -> tuple[np.ndarray, int]:
         group = call("group_id", [()] * members)[0]
         fitted: tuple[np.ndarray, int] = call(
-            "fit_together", [(*told, group, rank, members) for rank in range(members)]
+            "fit_together", [(*given, group, rank, members) for rank in range(members)]
         )[0]
         return fitted
 

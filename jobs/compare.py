@@ -1,6 +1,6 @@
 """Puts runs side by side on one HTML page.
 
-It shows the settings that differ, the figures of the models and their curves. Names or ids of runs or sweeps say which
+It shows the settings that differ, the metrics of the models and their curves. Names or ids of runs or sweeps say which
 runs; by default all of an experiment. The page becomes an artifact in MLflow.
 """
 

@@ -15,7 +15,7 @@ from sst.errors import exit_on_user_error
 from sst.run.options import one_per_preset
 from sst.run.preflight import check_kept
 from sst.tune.command import TuneCommand, print_table, sweep_of
-from sst.tune.sweep import best_of, run_sweep, told
+from sst.tune.sweep import best_of, given, run_sweep
 
 COMMAND = one_per_preset(TuneCommand)
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.tun
         reasons = "; ".join(f"{n:03d}: {record.error or record.status}" for n, record in enumerate(records))
         print(f"error: no trial finished ({reasons})", file=sys.stderr)
         raise SystemExit(1)
-    print(f"best trial  {sweep.run(best).url}: {told(sweep.trials[best])}")
+    print(f"best trial  {sweep.run(best).url}: {given(sweep.trials[best])}")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ class SuperPointSettings(Settings):
     """Confidence above which a pixel is a keypoint."""
     scales: tuple[float, ...] = (1.0, 1.3, 1.6)
     """Magnifications of the image in which keypoints are sought; descriptors come from the first, which is 1."""
-    half_side: Rate = 6.0
+    nms_radius: Rate = 6.0
     """Half side, in pixels, of the squares around keypoints that must not overlap."""
 
 
@@ -90,7 +90,7 @@ class KeypointSettings(Settings):
     superpoint: SuperPointSettings = SuperPointSettings()
     patch: Rate = 28.0
     """Size of the upright RootSIFT descriptor, in pixels of a 256 px view."""
-    most: Positive = 60
+    max_num_keypoints: Positive = 60
     """At most this many keypoints per image, strongest first."""
     outlier_share: Share = 0.4
     """Share of keypoints dropped as outliers, the most isolated descriptors first."""
@@ -200,7 +200,7 @@ class Stage2Settings(Settings):
     flip_share: Share = Stage2Step.flip_share
     """Share of the images that are mirrored, once a merging has found which landmarks are left/right pairs; for objects
     with a plane of symmetry whose left and right the landmarks confuse."""
-    most_landmarks: Positive | None = None
+    max_landmarks: Positive | None = None
     """At most so many landmarks are kept in the model: those found again most often after a random warp."""
     augmentation: Augmentation = Stage2Step.augmentation
     """Random changes of each image."""
@@ -240,17 +240,17 @@ class ResourceSettings(Settings):
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if self.least_workers > self.most_workers:
+        if self.min_workers > self.max_workers:
             raise ValueError(f"workers {self.workers}: the least come first, as in 2:8")
         return self
 
     @property
-    def least_workers(self) -> int:
+    def min_workers(self) -> int:
         """Workers without which nothing begins; 1 as long as it is not settled what auto is (`sst.run.placement`)."""
         return 1 if self.workers == "auto" else int(self.workers.partition(":")[0])
 
     @property
-    def most_workers(self) -> int:
+    def max_workers(self) -> int:
         """Workers at most; the same where their number is fixed, and 1 as long as auto is not settled."""
         return 1 if self.workers == "auto" else int(self.workers.rpartition(":")[2])
 
@@ -323,7 +323,7 @@ class TrainSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        workers = self.resources.most_workers
+        workers = self.resources.max_workers
         if self.stage2.batch < workers:
             raise ValueError(
                 f"stage2.batch {self.stage2.batch} must be at least 1 per worker, and there may be {workers}"

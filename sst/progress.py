@@ -16,7 +16,7 @@ def with_progress(items: Iterable[T], what: str, total: int | None = None) -> It
 
     Args:
         items: what is gone through.
-        what: word before the figures.
+        what: word before the metrics.
         total: number of items, where they have no length.
     """
     count = len(items) if isinstance(items, Sized) else (total or 1)

@@ -86,7 +86,7 @@ def cases(root: Path) -> list[Case]:
     )  # fmt: skip
     record = RoundRecord(
         number=0, kind="keypoints", step=0, weights=None, manifest="0" * 64, seed=1, backend="torch",
-        thresholds=[1.0, 2.0], active=[True, False], population=[3, 4], figures={"inertia": 0.5}, seconds={"fit": 1.0},
+        thresholds=[1.0, 2.0], active=[True, False], population=[3, 4], metrics={"inertia": 0.5}, seconds={"fit": 1.0},
     )  # fmt: skip
     RunDirectory(str(root / "run")).finish_round(record, None)
     steady = LandmarkRecord(images=3, repeatability=[0.5], partner=[-1], swap_share=[0.0])

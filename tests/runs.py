@@ -5,7 +5,8 @@ from pathlib import Path
 
 TINY = """
 --network.input-size 64 --network.width 16 --network.depth 2 --network.groups 2 --network.descriptor-size 16
---keypoints.most 20 --cluster.clusters 8 --stage1.warmup-iterations 10 --stage1.rounds 2 --stage1.round-iterations 10
+--keypoints.max-num-keypoints 20
+--cluster.clusters 8 --stage1.warmup-iterations 10 --stage1.rounds 2 --stage1.round-iterations 10
 --stage1.pairs 4 --stage1.min-labels 2 --stage1.threshold 0.05 --stage2.iterations 30 --stage2.batch 4
 --stage2.min-population 2 --stage2.merge-after 10 --stage2.merge-every 10 --resources.checkpoint-steps 5
 --stage2.visible 0.02 --workers 2

@@ -31,7 +31,7 @@ from sst.train.workers import Group
 
 SETTINGS = TrainSettings(
     network=NetworkSettings(input_size=64, width=16, depth=2, groups=2, descriptor_size=16),
-    keypoints=KeypointSettings(most=20, outlier_reference=500, outlier_neighbours=5),
+    keypoints=KeypointSettings(max_num_keypoints=20, outlier_reference=500, outlier_neighbours=5),
     cluster=ClusterSettings(clusters=8, sample=2_000),
     stage1=Stage1Settings(warmup_iterations=6, rounds=2, round_iterations=4, pairs=4, min_labels=2, threshold=0.05),
     stage2=Stage2Settings(iterations=9, batch=4, milestones=(6,), min_population=2, merge_after=3, merge_every=3),

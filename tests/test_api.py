@@ -155,7 +155,7 @@ def test_files_boxes_and_models_that_are_not_there_are_refused(world, tmp_path):
 def test_a_model_that_learnt_from_boxes_asks_for_them(world, tmp_path):
     model, record, _ = open_model(str(world))
     kept = {"network": NETWORK, "clusters": record.clusters, "visible": 0.5}
-    save_model(str(tmp_path / "model"), model, **kept, figures={"box_share": 0.3})
+    save_model(str(tmp_path / "model"), model, **kept, metrics={"box_share": 0.3})
     image = np.zeros((20, 20, 3), np.uint8)
     with pytest.warns(UserWarning, match="learnt from boxes"):
         sst.load(tmp_path)(image)

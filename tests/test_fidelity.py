@@ -22,7 +22,7 @@ from tests.small import SETTINGS, local_tools, train_locally, write_scenes
 PUBLISHED = {
     "network": {"input_size": 256, "width": 256, "depth": 4, "groups": 32, "descriptor_size": 256},
     "keypoints": {
-        "superpoint": {"threshold": 0.1, "scales": [1.0, 1.3, 1.6], "half_side": 6},
+        "superpoint": {"threshold": 0.1, "scales": [1.0, 1.3, 1.6], "nms_radius": 6},
         "outlier_share": 0.4,
         "outlier_neighbours": 100,
         "outlier_reference": 500_000,
@@ -111,13 +111,13 @@ NOT_PUBLISHED = {
     "keypoints.detector",
     "keypoints.superpoint.weights",
     "keypoints.patch",
-    "keypoints.most",
+    "keypoints.max_num_keypoints",
     "cluster.backend",
     "cluster.keep_identities",
 }
 """Settings that have no counterpart in the paper: what the free default detector takes, and how a run is run."""
 
-NEUTRAL = {"stage2.flip_share": 0, "stage2.most_landmarks": None, "cluster.actors": 1}
+NEUTRAL = {"stage2.flip_share": 0, "stage2.max_landmarks": None, "cluster.actors": 1}
 """Additions of ours, with the value at which they change nothing."""
 
 
@@ -198,7 +198,7 @@ def test_a_step_of_each_full_size_preset(preset):
             losses = stage1_losses(model, batch, settings.stage1_step(), generator)
         losses.total().backward()
         optimizer.step()
-        assert all(torch.isfinite(loss) and loss > 0 for loss in losses.figures().values())
+        assert all(torch.isfinite(loss) and loss > 0 for loss in losses.metrics().values())
         moved = [not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
         assert all(moved)
 

@@ -172,7 +172,7 @@ def test_descriptor_loss_is_that_of_the_published_table_of_pairs(seed, room):
         return described, Labelled(cluster, inside)
 
     (first, labels1), (second, labels2) = padded(0), padded(1)
-    ours = descriptor_loss(first, second, labels1, labels2, 0.8, most=room - 1)
+    ours = descriptor_loss(first, second, labels1, labels2, 0.8, maximum=room - 1)
     assert int(ours.terms) == len(terms)
     assert float(ours.mean()) == pytest.approx(np.mean(terms) if terms else 0.0, rel=1e-4, abs=1e-6)
 

@@ -315,9 +315,9 @@ def repair(
     skipped = {entry.source for entry in manifest.skipped}
     kept = [item for item in items if item.source not in skipped]
     total = sum(shard.samples for shard in manifest.shards)
-    told = "the corpus was packed from other images or with other settings; pack it again with --overwrite"
+    given = "the corpus was packed from other images or with other settings; pack it again with --overwrite"
     if len(kept) != total:
-        raise UserError(f"{url}: the source has {len(kept)} usable images, the manifest {total}: {told}")
+        raise UserError(f"{url}: the source has {len(kept)} usable images, the manifest {total}: {given}")
     for number in damaged:
         shard, first = manifest.shards[number], sum(shard.samples for shard in manifest.shards[:number])
         samples = []
@@ -328,7 +328,7 @@ def repair(
             samples.append(RawSample(f"{place:09d}", packed.jpeg, packed.meta))
         data = shard_bytes(samples)
         if storage.sha256(data) != shard.sha256:
-            raise UserError(f"{shard.file}: rebuilt from the source it differs from the manifest: {told}")
+            raise UserError(f"{shard.file}: rebuilt from the source it differs from the manifest: {given}")
         storage.write_bytes(storage.join(url, shard.file), data)
 
 

@@ -58,11 +58,11 @@ def decode_jpeg_scaled(jpeg: bytes, min_scale: float = 1.0) -> tuple[np.ndarray,
         step = min(_DCT_STEPS, max(1, math.ceil(min_scale * _DCT_STEPS - 1e-9)))
         if max(height, width) < 8 * _DCT_STEPS or step == _DCT_STEPS:  # small: no gain, sizes ambiguous
             return simplejpeg.decode_jpeg(jpeg), height, width
-        least = [-(-side * step // _DCT_STEPS) for side in (height, width)]
-        image = simplejpeg.decode_jpeg(jpeg, min_height=least[0], min_width=least[1])
-        if list(image.shape[:2]) != least:
-            raise ValueError(f"libjpeg gave {image.shape[:2]} for {least}")
-        return image, least[0] * _DCT_STEPS / step, least[1] * _DCT_STEPS / step
+        minimum = [-(-side * step // _DCT_STEPS) for side in (height, width)]
+        image = simplejpeg.decode_jpeg(jpeg, min_height=minimum[0], min_width=minimum[1])
+        if list(image.shape[:2]) != minimum:
+            raise ValueError(f"libjpeg gave {image.shape[:2]} for {minimum}")
+        return image, minimum[0] * _DCT_STEPS / step, minimum[1] * _DCT_STEPS / step
     except ValueError as error:
         return _decode_with_pillow(jpeg, error)
 

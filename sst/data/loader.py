@@ -69,9 +69,9 @@ def balanced(shards: Sequence[ShardInfo], world: int) -> list[list[ShardInfo]]:
     """Splits shards over workers, every shard once, evenly by samples (largest first, to the least loaded)."""
     loads, parts = [0] * world, [[] for _ in range(world)]  # type: tuple[list[int], list[list[ShardInfo]]]
     for shard in sorted(shards, key=lambda shard: (-shard.samples, shard.file)):
-        least = loads.index(min(loads))
-        loads[least] += shard.samples
-        parts[least].append(shard)
+        minimum = loads.index(min(loads))
+        loads[minimum] += shard.samples
+        parts[minimum].append(shard)
     return parts
 
 
@@ -200,10 +200,10 @@ def collate(
     keys: Sequence[str],
 ) -> Batch:
     """Pads images and labels of a batch to common shapes."""
-    count, most = len(decoded), max(1, *(len(p) for p in points))
+    count, maximum = len(decoded), max(1, *(len(p) for p in points))
     height, width = (max(image.shape[axis] for image, _ in decoded) for axis in (0, 1))
     images = np.zeros((count, height, width, 3), np.uint8)
-    padded, numbers = np.zeros((count, most, 2), np.float32), np.full((count, most), -1, np.int64)
+    padded, numbers = np.zeros((count, maximum, 2), np.float32), np.full((count, maximum), -1, np.int64)
     for row, (image, _) in enumerate(decoded):
         images[row, : image.shape[0], : image.shape[1]] = image
         padded[row, : len(points[row])] = points[row]
@@ -239,7 +239,7 @@ def batches(
         sound = [row for row, image in enumerate(decoded) if image is not None]
         if not sound:
             raise ValueError(f"no image of a batch can be decoded ({'; '.join(counter.reasons.values())[:500]})")
-        rows = [next((own for own in sound if own >= row), sound[0]) for row in range(len(group))]
+        rows = [next((each for each in sound if each >= row), sound[0]) for row in range(len(group))]
         return collate(
             [image for row in rows if (image := decoded[row]) is not None],
             [group[row].points for row in rows],

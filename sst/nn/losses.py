@@ -20,7 +20,7 @@ DetectorTarget = Literal["cell", "bump"]
 BUMP_VARIANCE = 0.5625
 """A Gaussian of this variance is the published bump: 1 at the centre, 0.411 beside it, 0.169 at the corners."""
 
-MOST_PAIRS = 2_999
+MAX_PAIRS = 2_999
 """Pairs of points of a pair of views that are compared at most. The published arrays have room for 3,000 and are filled
 but for the last; with all of 100 labels in both views there would be 10,000."""
 
@@ -87,7 +87,7 @@ class Labelled(NamedTuple):
     inside_BN: Tensor
 
 
-def pair_masks(first: Labelled, second: Labelled, most: int = MOST_PAIRS) -> tuple[Tensor, Tensor]:
+def pair_masks(first: Labelled, second: Labelled, maximum: int = MAX_PAIRS) -> tuple[Tensor, Tensor]:
     """Which pairs of points of two views are compared.
 
     Both points must lie in their views, and both clusters be labelled in both images, be it outside of the views. Pairs
@@ -96,7 +96,7 @@ def pair_masks(first: Labelled, second: Labelled, most: int = MOST_PAIRS) -> tup
     Args:
         first: N points of the first view.
         second: M points of the second view.
-        most: pairs of a pair of views at most.
+        maximum: pairs of a pair of views at most.
 
     Returns:
         Two bool masks (B, N, M): compared pairs of one cluster, and all compared pairs.
@@ -107,12 +107,12 @@ def pair_masks(first: Labelled, second: Labelled, most: int = MOST_PAIRS) -> tup
     shared_BNM = same_BNM.any(2)[:, :, None] & same_BNM.any(1)[:, None, :]
     positive_BNM, negative_BNM = same_BNM & inside_BNM, shared_BNM & ~same_BNM & inside_BNM
     place_BNM = negative_BNM.flatten(1).cumsum(1).view_as(negative_BNM)
-    room_B11 = most - positive_BNM.sum((1, 2), keepdim=True)
+    room_B11 = maximum - positive_BNM.sum((1, 2), keepdim=True)
     return positive_BNM, positive_BNM | (negative_BNM & (place_BNM <= room_B11))
 
 
 def descriptor_loss(
-    first_BND: Tensor, second_BMD: Tensor, first: Labelled, second: Labelled, margin: float, most: int = MOST_PAIRS
+    first_BND: Tensor, second_BMD: Tensor, first: Labelled, second: Labelled, margin: float, maximum: int = MAX_PAIRS
 ) -> Sum:
     """Contrastive loss over the pairs of points that `pair_masks` gives.
 
@@ -124,9 +124,9 @@ def descriptor_loss(
         first: the first view's points.
         second: the second view's points.
         margin: 0.8 in the paper.
-        most: see `pair_masks`.
+        maximum: see `pair_masks`.
     """
-    same_BNM, compared_BNM = pair_masks(first, second, most)
+    same_BNM, compared_BNM = pair_masks(first, second, maximum)
     square_BNM = (first_BND.float()[:, :, None] - second_BMD.float()[:, None, :]).square().sum(-1)
     # The root has no gradient at 0, so what is published adds a little; a pair at distance 0 is not pushed.
     distance_BNM = (square_BNM + 1e-9).sqrt()

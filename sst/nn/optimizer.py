@@ -53,7 +53,7 @@ class Update:
 
     def state(self) -> dict[str, Tensor]:
         """The running averages as a checkpoint holds them: "3.square_avg" is that of weight 3."""
-        return {f"{index}.square_avg": own["square_avg"] for index, own in enumerate(self._optimizer.state.values())}
+        return {f"{index}.square_avg": each["square_avg"] for index, each in enumerate(self._optimizer.state.values())}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Puts back what `state` gave."""

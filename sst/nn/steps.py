@@ -148,7 +148,7 @@ class Losses:
         weighted = [self.weights[name] * part.total for name, part in self.parts.items()]
         return self.scale * torch.stack([each / count for each, count in zip(weighted, whole, strict=True)]).sum()
 
-    def figures(self) -> dict[str, Tensor]:
+    def metrics(self) -> dict[str, Tensor]:
         """The loss without its scale, its parts where there are more, and what was seen, of this share alone."""
         means = {name: part.mean() for name, part in self.parts.items()}
         loss = torch.stack([self.weights[name] * mean for name, mean in means.items()]).sum()
@@ -165,11 +165,11 @@ def stage1_losses(model: nn.Module, batch: Batch, step: Stage1Step, generator: t
         generator: source of randomness on the batch's device.
     """
     count, device = len(batch.keys), batch.images.device
-    own = torch.arange(count, device=device)
+    each = torch.arange(count, device=device)
     shift = torch.randint(1, max(2, count), (), generator=generator, device=device)
     different = torch.rand(count, generator=generator, device=device) < step.different_share
-    second = torch.where(different, (own + shift) % count, own)
-    chosen = torch.cat([own, second])
+    second = torch.where(different, (each + shift) % count, each)
+    chosen = torch.cat([each, second])
     cluster = batch.cluster[chosen]
     views, points, inside = augment(
         batch.images[chosen],

@@ -25,7 +25,7 @@ from sst.predict.shape import VIEW, _map_back, affine_maps, lay_on, left_over, m
 from sst.predict.sources import Box, Target
 from sst.progress import with_progress
 
-LEAST_FOR_REGRESSION = 5
+MIN_FOR_REGRESSION = 5
 """With fewer images a named point only follows the affine map."""
 
 
@@ -140,7 +140,7 @@ def learn(examples: Examples, names: list[str], model: str = "") -> NamedPoints:
         names=names,
         images=len(examples.points),
         model=model,
-        used=[bool(own.any()) for own in surety.T],
+        used=[bool(each.any()) for each in surety.T],
         shape=[(x, y) for x, y in shape.round(4).tolist()],
         places=[(x, y) for x, y in np.stack(places).round(4).tolist()],
         weights=np.stack(weights, 1).reshape(features.shape[1], -1).round(6).tolist(),
@@ -152,14 +152,14 @@ def _regress(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean place (2,) and weights (F, 2) of one point; without a ridge the weights are zero."""
     rows = known_NL[:, point]
-    own, target = features_NF[rows], targets_NL2[rows, point]
+    each, target = features_NF[rows], targets_NL2[rows, point]
     place = target.mean(0)
-    if ridge is None or len(own) < LEAST_FOR_REGRESSION:
-        return place, np.zeros((own.shape[1], 2))
+    if ridge is None or len(each) < MIN_FOR_REGRESSION:
+        return place, np.zeros((each.shape[1], 2))
     # The shape is the landmarks' zero, so the place is fitted with the weights (an unpenalised constant).
-    centred = own - own.mean(0)
-    weights = np.linalg.solve(centred.T @ centred + ridge * np.eye(own.shape[1]), centred.T @ (target - place))
-    return place - own.mean(0) @ weights, weights
+    centred = each - each.mean(0)
+    weights = np.linalg.solve(centred.T @ centred + ridge * np.eye(each.shape[1]), centred.T @ (target - place))
+    return place - each.mean(0) @ weights, weights
 
 
 def best_ridge(features_NF: np.ndarray, targets_NL2: np.ndarray, known_NL: np.ndarray) -> float | None:
@@ -167,14 +167,14 @@ def best_ridge(features_NF: np.ndarray, targets_NL2: np.ndarray, known_NL: np.nd
 
     Left-out errors follow from the hat matrix, without fitting again (Golub, Heath and Wahba 1979).
     """
-    if len(features_NF) < LEAST_FOR_REGRESSION:
+    if len(features_NF) < MIN_FOR_REGRESSION:
         return None
     errors = np.zeros(len(RIDGES) + 1)
     for point in range(targets_NL2.shape[1]):
         rows = known_NL[:, point]
-        if rows.sum() >= LEAST_FOR_REGRESSION:
-            own = left_out_errors(features_NF[rows], targets_NL2[rows, point], (*RIDGES, np.inf))
-            errors += np.linalg.norm(own, axis=-1).mean(1)
+        if rows.sum() >= MIN_FOR_REGRESSION:
+            each = left_out_errors(features_NF[rows], targets_NL2[rows, point], (*RIDGES, np.inf))
+            errors += np.linalg.norm(each, axis=-1).mean(1)
     best = int(errors.argmin())
     return RIDGES[best] if best < len(RIDGES) else None
 

@@ -147,7 +147,7 @@ WHOLE = 0.8
 
 def needs_boxes(record: ModelRecord) -> bool:
     """Whether a model expects images cropped to the object, or its box in them."""
-    return record.figures.get("box_share", 1.0) < WHOLE
+    return record.metrics.get("box_share", 1.0) < WHOLE
 
 
 def open_model(url: str) -> tuple[LandmarkDetector, ModelRecord, str]:
@@ -218,11 +218,11 @@ def predict(
                     item.target,
                     item.size,
                     item.box,
-                    in_image(own * (STRIDE / view_size), item.box),
+                    in_image(each * (STRIDE / view_size), item.box),
                     sure,
                     item.picture,
                 )
-                for item, own, sure in zip(usable, points, confidence, strict=True)
+                for item, each, sure in zip(usable, points, confidence, strict=True)
             )
         yield from (item if isinstance(item, Unreadable) else next(rows) for item in group)
 

@@ -255,8 +255,8 @@ def _network(path: str | Path, state: dict[str, Any], stage1: bool) -> DetectorD
         ],
     }
     if any(problems.values()):
-        told = "; ".join(f"{kind}: {', '.join(found)}" for kind, found in problems.items() if found)
-        raise UserError(f"{path}: not the published network of stage {1 if stage1 else 2}: {told}")
+        given = "; ".join(f"{kind}: {', '.join(found)}" for kind, found in problems.items() if found)
+        raise UserError(f"{path}: not the published network of stage {1 if stage1 else 2}: {given}")
     network.load_state_dict({ours: state[name] for ours, name in names.items()})
     return network
 

@@ -28,10 +28,10 @@ def affine_maps(
         total = max(surety.sum(), 1e-9)
         centre = surety @ points / total if surety.any() else np.full(2, VIEW / 2)
         target = surety @ shape_K2 / total if surety.any() else centre
-        own, aim = points - centre, shape_K2 - target
+        each, aim = points - centre, shape_K2 - target
         spread = stiffness * (VIEW / 8) ** 2
-        gram = own.T @ (surety[:, None] * own) + spread * np.eye(2)
-        linear = np.linalg.solve(gram, own.T @ (surety[:, None] * aim) + spread * np.eye(2))
+        gram = each.T @ (surety[:, None] * each) + spread * np.eye(2)
+        linear = np.linalg.solve(gram, each.T @ (surety[:, None] * aim) + spread * np.eye(2))
         maps[number] = np.vstack([linear, target - centre @ linear])
     return maps
 

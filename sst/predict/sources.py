@@ -96,7 +96,7 @@ def _files(name: str, alone: bool) -> dict[str, Path]:
     path = Path(name)
     if path.is_dir():
         found = {item.source: path / item.source for item in folder.items(name)}
-        return found if alone else {(path / own).as_posix(): file for own, file in found.items()}
+        return found if alone else {(path / each).as_posix(): file for each, file in found.items()}
     if path.is_file():
         return {path.name if alone else path.as_posix(): path}
     matched = [Path(match) for match in sorted(glob.glob(name, recursive=True))]

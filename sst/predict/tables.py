@@ -82,7 +82,7 @@ def as_csv(rows: Rows) -> str:
     writer.writerow(["file", "object", "landmark", "x", "y", "confidence", "visible"])
     objects: dict[str, int] = {}
     for number, name in enumerate(rows.files):
-        own = objects[name] = objects.get(name, -1) + 1
+        each = objects[name] = objects.get(name, -1) + 1
         for label, (x, y), sure in zip(rows.names, rows.points[number], rows.confidence[number], strict=True):
-            writer.writerow([name, own, label, f"{x:.3f}", f"{y:.3f}", f"{sure:.4f}", int(sure >= rows.visible)])
+            writer.writerow([name, each, label, f"{x:.3f}", f"{y:.3f}", f"{sure:.4f}", int(sure >= rows.visible)])
     return text.getvalue()

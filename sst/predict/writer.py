@@ -51,9 +51,9 @@ class Predict(BaseModel):
 class Pictures:
     """Writes drawn images one by one, as files or as frames of a video."""
 
-    def __init__(self, out: str, most: int, frames_per_second: float | None, video: str) -> None:
+    def __init__(self, out: str, maximum: int, frames_per_second: float | None, video: str) -> None:
         """Begins; a video is drawn into the local file `video` first."""
-        self._out, self._most, self._rate, self._video = out, most, frames_per_second, video
+        self._out, self._maximum, self._rate, self._video = out, maximum, frames_per_second, video
         self._writer: Any = None
         self.drawn = 0
 
@@ -78,7 +78,7 @@ class Pictures:
     @property
     def wanted(self) -> bool:
         """Whether there may be more."""
-        return self._rate is not None or self.drawn < self._most
+        return self._rate is not None or self.drawn < self._maximum
 
     def close(self) -> None:
         """Moves a video to its place."""

@@ -1,4 +1,4 @@
-"""What a finished run's figures say about it, without annotations: facts about each landmark, and warnings with advice.
+"""What a finished run's metrics say about it, without annotations: facts about each landmark, and warnings with advice.
 
 Shape letters: N images, K landmarks. Points are (x, y) in pixels of a 256 px view.
 """
@@ -152,7 +152,7 @@ def warnings_of(
 
     Args:
         facts: of the landmarks.
-        rounds: figures of every round, with "round" and "made_by".
+        rounds: metrics of every round, with "round" and "made_by".
         wanted: how many landmarks were asked for.
         images: training images.
     """

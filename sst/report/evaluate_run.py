@@ -104,10 +104,10 @@ def score_first_keypoints(
         found, _ = first_keypoints(corpus.url, shard, detector, settings.network.input_size)
         points = np.full((len(numbers), len(centroids), 2), np.nan)
         for row, number in enumerate(numbers):
-            own, descriptors = found.sample(number)
+            each, descriptors = found.sample(number)
             match = assign(descriptors, centroids)
             sure = match.distance < thresholds[match.cluster]
-            points[row, match.cluster[sure]] = own[match.point[sure]] * to_pixels
+            points[row, match.cluster[sure]] = each[match.point[sure]] * to_pixels
         parts.append(points)
     return evaluate(np.concatenate(parts), annotated.groundtruth, annotated.is_test, protocol_of(corpus))
 
@@ -158,11 +158,11 @@ def evaluate_run(config: Run) -> dict[str, tuple[float, Scores | None]]:
         UserError: if the run is not finished or its corpus has no annotations.
     """
     run = RunDirectory(config.run)
-    told_url = run.settings_url
-    if not storage.exists(told_url):
+    given_url = run.settings_url
+    if not storage.exists(given_url):
         raise UserError(f"{run.url} is no run: it has no settings.json")
-    told = storage.read_json(told_url)
-    corpus = open_corpus(config.shards or told["shards"])
+    given = storage.read_json(given_url)
+    corpus = open_corpus(config.shards or given["shards"])
     try:
         _, model = load_model(run.model_url)
     except ValueError as error:
@@ -170,7 +170,7 @@ def evaluate_run(config: Run) -> dict[str, tuple[float, Scores | None]]:
     annotated = AnnotatedImages.of(corpus)
     if annotated is None:
         raise UserError(f"{corpus.url} has no annotated training and test images, so nothing can be scored")
-    settings = TrainSettings.model_validate(told["settings"])
+    settings = TrainSettings.model_validate(given["settings"])
     first = score_first_keypoints(run, corpus, annotated, settings)
     trained = score_run(run, corpus, annotated, model.visible if config.visible is None else config.visible)
     rows: dict[str, tuple[float, Scores | None]] = {

@@ -1,4 +1,4 @@
-"""Scores of landmarks: against annotations (forward and backward error), and label-free figures.
+"""Scores of landmarks: against annotations (forward and backward error), and label-free metrics.
 
 Annotations enter the system here only. Points are (x, y) in pixels of a 256 px view unless said otherwise.
 
@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 TRAIN_POOL = 1000
 """The protocols use this many annotated training images, the first ones; later ones are ignored."""
 
-LEAST_TRAIN, LEAST_TEST = 10, 1
+MIN_TRAIN, MIN_TEST = 10, 1
 VISIBLE_SHARE = 0.8
 DRAWS = 10
 RIDGE = 0.01
@@ -35,13 +35,13 @@ class Protocol:
     Attributes:
         name: key in `PROTOCOLS`.
         train_images: images each regression is fitted on; fewer where the corpus has fewer.
-        least_points: annotated points that the normaliser needs.
+        min_points: annotated points that the normaliser needs.
         normaliser: from annotated points (n, L, 2) to the length (n,) that errors are divided by.
     """
 
     name: str
     train_images: int
-    least_points: int
+    min_points: int
     normaliser: Callable[[np.ndarray], np.ndarray]
 
 
@@ -222,13 +222,13 @@ def _checked(
         raise ValueError(f"groundtruth must be (N, L, 2), not {points.shape}")
     if is_test.shape != (len(points),):
         raise ValueError(f"is_test must be {len(points)} truth values, not {is_test.shape}")
-    if points.shape[1] < rules.least_points:
-        raise ValueError(f"protocol {rules.name!r} needs at least {rules.least_points} points, found {points.shape[1]}")
+    if points.shape[1] < rules.min_points:
+        raise ValueError(f"protocol {rules.name!r} needs at least {rules.min_points} points, found {points.shape[1]}")
     is_test = is_test.astype(bool)
     train, test = np.flatnonzero(~is_test)[:TRAIN_POOL], np.flatnonzero(is_test)
-    if len(train) < LEAST_TRAIN or len(test) < LEAST_TEST:
+    if len(train) < MIN_TRAIN or len(test) < MIN_TEST:
         raise ValueError(
-            f"scoring needs at least {LEAST_TRAIN} training images and {LEAST_TEST} test image "
+            f"scoring needs at least {MIN_TRAIN} training images and {MIN_TEST} test image "
             f"with annotations, found {len(train)} and {len(test)}"
         )
     broken = int((~np.isfinite(points[np.concatenate([train, test])]).all(axis=(1, 2))).sum())

@@ -58,11 +58,11 @@ def finish_run(
     if scores is not None:
         storage.write_json(run.scores_url, scores.to_json())
     drawn = draw_all(run, corpus, model, scores)
-    told, images = settings.stage2.most_landmarks, corpus.manifest.samples_of("train")
+    given, images = settings.stage2.max_landmarks, corpus.manifest.samples_of("train")
     rounds = [{k: v for k, v in record.line().items() if k != "kind"} for record in run.records()]
     facts = landmark_facts(*all_predictions(run, corpus), model.visible, run.landmarks())
-    figures = final_figures(model, facts, rounds, scores)
-    storage.write_json(run.final_metrics_url, figures)
+    metrics = final_metrics(model, facts, rounds, scores)
+    storage.write_json(run.final_metrics_url, metrics)
     report = write_report(
         run,
         title=f"Landmarks of {corpus.manifest.corpus}",
@@ -72,35 +72,35 @@ def finish_run(
         settings=settings.model_dump(mode="json"),
         notes=notes(scores),
         facts=facts,
-        warnings=[*unwell, *warnings_of(facts, rounds, told, images)],
+        warnings=[*unwell, *warnings_of(facts, rounds, given, images)],
     )
-    pictures = {f"figures/{figure.name}.png": figure.png for figure in drawn}
-    return Outcome(run, scores, len(model.clusters), report, figures, pictures)
+    pictures = {f"figures/{metric.name}.png": metric.png for metric in drawn}
+    return Outcome(run, scores, len(model.clusters), report, metrics, pictures)
 
 
-def final_figures(
+def final_metrics(
     model: ModelRecord, facts: LandmarkFacts, rounds: Sequence[Mapping[str, Any]], scores: Scores | None
 ) -> dict[str, float]:
     """The numbers by which finished runs are compared; the scores only where there are annotations."""
-    figures = {f"model/{name}": value for name, value in model.figures.items()}
-    figures["model/landmarks"] = float(len(model.clusters))
+    metrics = {f"model/{name}": value for name, value in model.metrics.items()}
+    metrics["model/landmarks"] = float(len(model.clusters))
     for name, each in (("looseness", facts.looseness), ("repeatability", facts.repeats)):
         if np.isfinite(each).any():
-            figures[f"model/{name}"] = float(np.nanmean(each))
+            metrics[f"model/{name}"] = float(np.nanmean(each))
     persistence = [entry["label_persistence"] for entry in rounds if "label_persistence" in entry]
     if persistence:
-        figures["model/label_persistence"] = persistence[-1]
+        metrics["model/label_persistence"] = persistence[-1]
     if scores is not None:
         numbers = {name: v for name, v in scores.to_json().items() if isinstance(v, int | float) and v == v}
-        figures |= {f"score/{name}": float(value) for name, value in numbers.items()}
-    return figures
+        metrics |= {f"score/{name}": float(value) for name, value in numbers.items()}
+    return metrics
 
 
 def summary(model: ModelRecord, scores: Scores | None, corpus: Corpus, seconds: float) -> dict[str, str]:
-    """The figures that the report shows first."""
+    """The metrics that the report shows first."""
     shown = {"landmarks": str(len(model.clusters))}
-    if "equivariance_error" in model.figures:
-        shown["equivariance error, of the view"] = f"{model.figures['equivariance_error']:.2f} %"
+    if "equivariance_error" in model.metrics:
+        shown["equivariance error, of the view"] = f"{model.metrics['equivariance_error']:.2f} %"
     if scores is not None:
         shown |= {
             "forward error": percent(scores.forward),
@@ -111,7 +111,7 @@ def summary(model: ModelRecord, scores: Scores | None, corpus: Corpus, seconds: 
 
 
 def notes(scores: Scores | None) -> list[str]:
-    """What a reader must know beside the figures."""
+    """What a reader must know beside the metrics."""
     said = []
     if scores is None:
         said.append("The corpus has no annotations, so errors could not be computed; look at the pictures.")

@@ -15,7 +15,7 @@ from sst.data.corpus import Corpus
 from sst.data.loader import decode_to_view
 from sst.data.shards import RawSample, ShardInfo, read_shard
 from sst.nn.geometry import SCORING_SIZE, STRIDE
-from sst.report import plots as figures
+from sst.report import plots
 from sst.report.evaluation import Scores
 from sst.report.report import ReportFigure
 from sst.train.model import ModelRecord
@@ -97,7 +97,7 @@ def galleries(
                 corner = np.clip(np.round(place - CROP / 2), 0, SIDE - CROP).astype(int)
                 crops[k].append(view[corner[1] : corner[1] + CROP, corner[0] : corner[0] + CROP])
                 marks[k].append(place - corner)
-        if all(len(own) >= GALLERY_CROPS for own in crops):
+        if all(len(each) >= GALLERY_CROPS for each in crops):
             break
     for k in range(landmarks):
         if crops[k]:
@@ -122,7 +122,7 @@ def draw_round(run: RunDirectory, corpus: Corpus, number: int, input_size: int) 
             active = np.array(record.active)[cluster]
             views.append(view_of(sample))
             drawn.append((points[active] * (SIDE / input_size * STRIDE), cluster[active]))
-    return png(figures.label_grid(views, drawn))
+    return png(plots.label_grid(views, drawn))
 
 
 def all_predictions(run: RunDirectory, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
@@ -152,14 +152,14 @@ def draw_all(run: RunDirectory, corpus: Corpus, model: ModelRecord, scores: Scor
     test = (corpus.manifest.shards_of("test") or corpus.train)[0]
     shown = choose(run, corpus, test, GRID_IMAGES, size)
     seen = np.stack(shown.confidence) >= visible
-    pictures = {"landmarks": figures.landmark_grid(np.stack(shown.views), np.stack(shown.points), seen)}
+    pictures = {"landmarks": plots.landmark_grid(np.stack(shown.views), np.stack(shown.points), seen)}
     before = choose(run, corpus, corpus.train[0], PAIR_IMAGES, size)
     seen = np.stack(before.confidence) >= visible
-    pictures["before_after"] = figures.before_after(np.stack(before.views), before.first, np.stack(before.points), seen)
+    pictures["before_after"] = plots.before_after(np.stack(before.views), before.first, np.stack(before.points), seen)
     if scores is not None and scores.landmarks_kept:
-        pictures["errors"] = figures.error_curves(scores.forward_curve, scores.backward_curve, scores.protocol)
-    rounds = [{"round": record.number, "kind": record.kind} | record.figures for record in run.records()]
-    pictures["rounds"] = figures.round_statistics(rounds)
+        pictures["errors"] = plots.error_curves(scores.forward_curve, scores.backward_curve, scores.protocol)
+    rounds = [{"round": record.number, "kind": record.kind} | record.metrics for record in run.records()]
+    pictures["rounds"] = plots.round_statistics(rounds)
     drawn = [ReportFigure(name, CAPTIONS[name], png(picture)) for name, picture in pictures.items()]
     for k, crops, marks in galleries(run, corpus, len(model.clusters), visible):
         drawn.append(
@@ -167,7 +167,7 @@ def draw_all(run: RunDirectory, corpus: Corpus, model: ModelRecord, scores: Scor
                 f"landmark_{k:02d}",
                 f"Landmark {k} (cluster {model.clusters[k]}) on {len(crops)} images: the mark should lie on "
                 f"the same part.",
-                png(figures.cluster_gallery(crops, marks, f"Landmark {k}")),
+                png(plots.cluster_gallery(crops, marks, f"Landmark {k}")),
             )
         )
     return drawn

@@ -21,21 +21,21 @@ def claim(run: RunDirectory, settings: TrainSettings, corpus: Corpus) -> bool:
         UserError: if a run of that name exists with other settings or data; the message has the differences.
     """
     url = run.settings_url
-    told = {"settings": settings.model_dump(mode="json"), "manifest": corpus.manifest_hash, "shards": corpus.url}
+    given = {"settings": settings.model_dump(mode="json"), "manifest": corpus.manifest_hash, "shards": corpus.url}
     if storage.exists(url):
         before = storage.read_json(url)
         with suppress(ValidationError):  # a setting that an earlier version did not know has its default
             before["settings"] = TrainSettings.model_validate(before["settings"]).model_dump(mode="json")
         # The same corpus may have moved: its manifest tells.
         safe = tuple(f"settings.resources.{name}:" for name in SAFE_TO_CHANGE)
-        changed = [line for line in differences(before | {"shards": corpus.url}, told) if not line.startswith(safe)]
+        changed = [line for line in differences(before | {"shards": corpus.url}, given) if not line.startswith(safe)]
         if changed:
             raise UserError(
                 f"{run.url} is a run with other settings or data ({'; '.join(changed)}); take another --name, or "
                 "the old settings to go on with it"
             )
         return False
-    storage.write_json(url, told)
+    storage.write_json(url, given)
     return True
 
 

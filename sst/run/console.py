@@ -16,7 +16,7 @@ from sst.train.schedule import Phase
 
 
 def step_line(line: dict[str, Any], left: str) -> str:
-    """One fixed-width line of a step's figures; img/s: images through the network per second of wall clock."""
+    """One fixed-width line of a step's metrics; img/s: images through the network per second of wall clock."""
     losses = " ".join(f"{name} {line[name]:8.5f}" for name in ("loss", "detector", "descriptor") if name in line)
     if "loss_of_all_zero" in line:
         losses += f" ({100 * line['loss_of_all_zero']:3.0f} % of all-zero)"
@@ -31,7 +31,7 @@ def step_line(line: dict[str, Any], left: str) -> str:
 
 
 def round_line(line: dict[str, Any]) -> str:
-    """One line of a round's figures."""
+    """One line of a round's metrics."""
     names = {
         "labels_per_image": "labels/image",
         "clusters_in_use": "clusters",
@@ -40,8 +40,8 @@ def round_line(line: dict[str, Any]) -> str:
         "inertia": "inertia",
         "merged": "merged",
     }
-    figures = "  ".join(f"{short} {line[name]:.4g}" for name, short in names.items() if name in line)
-    return f"round {line['round']} ({line['made_by']})  {figures}"
+    metrics = "  ".join(f"{short} {line[name]:.4g}" for name, short in names.items() if name in line)
+    return f"round {line['round']} ({line['made_by']})  {metrics}"
 
 
 def arithmetic_line(line: dict[str, Any]) -> str:
@@ -87,7 +87,7 @@ class TimeLeft:
 
 
 class Show:
-    """Shows a run's figures: a live line in a terminal, plain lines elsewhere."""
+    """Shows a run's metrics: a live line in a terminal, plain lines elsewhere."""
 
     def __init__(self, phases: Sequence[Phase]) -> None:
         """Begins."""

@@ -79,12 +79,12 @@ def own_address() -> Iterator[None]:
     with socket.socket() as free:
         free.bind(("", 0))
         port = str(free.getsockname()[1])
-    own = {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"127.0.0.1:{port}"}
-    os.environ |= own
+    each = {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    os.environ |= each
     try:
         yield
     finally:
-        for name in own:
+        for name in each:
             del os.environ[name]
 
 
@@ -94,7 +94,7 @@ def check_local_cpus(resources: ResourceSettings) -> None:
     Raises:
         UserError: naming both numbers.
     """
-    workers = resources.least_workers
+    workers = resources.min_workers
     if not joins_cluster() and workers * resources.worker_cpus > usable_cpus():
         raise UserError(
             f"{workers} workers with {resources.worker_cpus} CPUs each need more than this machine's "
@@ -140,8 +140,8 @@ def kmeans_gpus(settings: TrainSettings, alone: bool) -> float:
     Several need a GPU each. Beside workers there is no room for two on one; without workers Ray would put small shares
     together, so there they ask for more than half.
     """
-    own = settings.resources.kmeans_gpus
-    return max(own, ALONE_GPUS) if alone and settings.cluster.actors > 1 else own
+    each = settings.resources.kmeans_gpus
+    return max(each, ALONE_GPUS) if alone and settings.cluster.actors > 1 else each
 
 
 def beside_workers(actor: Any, settings: TrainSettings, gpu: bool) -> Any:
@@ -181,8 +181,8 @@ def train_on_workers(settings: TrainSettings, corpus_url: str, run_url: str, act
     from ray.train.torch import TorchTrainer
 
     resources = settings.resources
-    least, most = resources.least_workers, resources.most_workers
-    number: Any = least if least == most else (least, most)  # a pair makes Ray Train elastic
+    minimum, maximum = resources.min_workers, resources.max_workers
+    number: Any = minimum if minimum == maximum else (minimum, maximum)  # a pair makes Ray Train elastic
     each = {"CPU": resources.worker_cpus} | ({"GPU": resources.worker_gpus} if gpu else {})
     trainer = TorchTrainer(
         train_loop_per_worker,

@@ -34,7 +34,7 @@ from sst.train.extraction import extract_descriptors, predict_shard
 from sst.train.keypoints import VIEW, generic_detector
 from sst.train.schedule import plan
 
-LEAST_ROUND = 150
+MIN_ROUND = 150
 """Steps of a round, or between two mergings, below which there are rather fewer of them; the shortest schedule has as
 many in the warm-up and in a single round, and twice as many in stage 2."""
 
@@ -45,7 +45,7 @@ START_SECONDS = 40.0
 """Starting Ray and its workers, and writing the report."""
 
 ROUND_SECONDS = 2.0
-"""Of a round or merging beyond its pass and k-means: figures, records, a checkpoint (benchmarks/RESULTS.md)."""
+"""Of a round or merging beyond its pass and k-means: metrics, records, a checkpoint (benchmarks/RESULTS.md)."""
 
 SIDE_BY_SIDE = 1 / 0.92
 """How much longer a step takes when workers share a machine (benchmarks/RESULTS.md, from one worker to two)."""
@@ -113,17 +113,17 @@ def scaled(settings: TrainSettings, factor: float) -> TrainSettings:
     """
     one, two = settings.stage1, settings.stage2
 
-    def steps(count: int, least: int) -> int:
-        return max(min(count, least), round(count * factor))
+    def steps(count: int, minimum: int) -> int:
+        return max(min(count, minimum), round(count * factor))
 
-    in_rounds = steps(one.rounds * one.round_iterations, LEAST_ROUND)
-    rounds = max(min(1, one.rounds), min(one.rounds, in_rounds // LEAST_ROUND))
-    iterations = steps(two.iterations, 2 * LEAST_ROUND)
+    in_rounds = steps(one.rounds * one.round_iterations, MIN_ROUND)
+    rounds = max(min(1, one.rounds), min(one.rounds, in_rounds // MIN_ROUND))
+    iterations = steps(two.iterations, 2 * MIN_ROUND)
     share = iterations / two.iterations
     every = two.merge_every
     return settings.changed(
         stage1=one.changed(
-            warmup_iterations=steps(one.warmup_iterations, LEAST_ROUND),
+            warmup_iterations=steps(one.warmup_iterations, MIN_ROUND),
             rounds=rounds,
             round_iterations=max(1, in_rounds // rounds) if rounds else one.round_iterations,
         ),
@@ -131,7 +131,7 @@ def scaled(settings: TrainSettings, factor: float) -> TrainSettings:
             iterations=iterations,
             milestones=tuple(round(milestone * share) for milestone in two.milestones),
             merge_after=round(two.merge_after * share),
-            merge_every=None if every is None else max(min(every, LEAST_ROUND), round(every * share)),
+            merge_every=None if every is None else max(min(every, MIN_ROUND), round(every * share)),
         ),
     )
 
@@ -220,7 +220,7 @@ def stage_seconds(
     generator = torch.Generator(device).manual_seed(0)
     active = torch.ones(clusters, dtype=torch.bool, device=device)
     trained = cast(nn.Module, torch.compile(model, dynamic=False)) if compiles else model
-    called = cast(nn.Module, torch.compile(model)) if compiles else model
+    forward = cast(nn.Module, torch.compile(model)) if compiles else model
     shard = min(corpus.train, key=lambda each: each.samples)
 
     def step() -> None:
@@ -237,10 +237,10 @@ def stage_seconds(
 
     def one_pass() -> None:
         if stage == 2:
-            predict_shard(called, corpus, shard, settings)
+            predict_shard(forward, corpus, shard, settings)
             return
         extract_descriptors(
-            called,
+            forward,
             corpus.url,
             shard,
             some_labels(shard.samples, settings),

@@ -83,12 +83,12 @@ def run_stoppably(work: Callable[[], object], stop: StopFlag) -> None:
     thread = threading.Thread(target=run, name="work", daemon=True)
     try:
         thread.start()
-        told = False
+        given = False
         while thread.is_alive():
             thread.join(0.2)
-            if asked.is_set() and not told:
+            if asked.is_set() and not given:
                 stop.put_up()
-                told = True
+                given = True
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

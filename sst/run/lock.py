@@ -51,13 +51,13 @@ class LockRecord(BaseModel):
     @classmethod
     def mine(cls) -> Self:
         """A new record of this process."""
-        own = psutil.Process()
+        each = psutil.Process()
         return cls(
             owner=uuid.uuid4().hex,
             host=socket.gethostname(),
             machine=machine(),
-            process=own.pid,
-            born=own.create_time(),
+            process=each.pid,
+            born=each.create_time(),
         )
 
     def is_dead(self) -> bool:

@@ -1,4 +1,4 @@
-"""A run's figures as JSON lines: written by one worker, read by whoever shows or tracks them."""
+"""A run's metrics as JSON lines: written by one worker, read by whoever shows or tracks them."""
 
 import json
 import os

@@ -33,7 +33,7 @@ from sst.run.pipeline import train_run
 from sst.run.placement import REST_GB, WORKER_GB, Machine, cpu_workers, place
 from sst.train.run_directory import RunDirectory
 
-LEAST_IMAGES = 60
+MIN_IMAGES = 60
 """Training images below which there is nothing to cluster."""
 
 CLUSTERS_PER_LANDMARK = 1.5
@@ -45,7 +45,7 @@ POPULATION_SHARE = 0.06
 PUBLISHED_IMAGES = 200_000
 """Images of the corpus that the published schedule is made for."""
 
-LEAST_SCHEDULE = 0.1
+MIN_SCHEDULE = 0.1
 """Smallest share of the published schedule that is chosen without `--minutes`; the steps otherwise go with the root of
 the number of images."""
 
@@ -89,14 +89,14 @@ def choose(images: int, landmarks: int, machine: Machine) -> TrainSettings:
     Raises:
         UserError: if there are too few images, or too little memory.
     """
-    if images < LEAST_IMAGES:
+    if images < MIN_IMAGES:
         raise UserError(
-            f"{images} training images: the method finds landmarks by what recurs, and needs at least {LEAST_IMAGES} "
+            f"{images} training images: the method finds landmarks by what recurs, and needs at least {MIN_IMAGES} "
             f"images of the object, better {FEW_IMAGES} or more"
         )
     clusters = max(landmarks + 2, round(CLUSTERS_PER_LANDMARK * landmarks))
     population = max(4, min(500, round(POPULATION_SHARE * images)))
-    share = 1.0 if not machine.gpus else min(1.0, max(LEAST_SCHEDULE, math.sqrt(images / PUBLISHED_IMAGES)))
+    share = 1.0 if not machine.gpus else min(1.0, max(MIN_SCHEDULE, math.sqrt(images / PUBLISHED_IMAGES)))
     base = PRESETS["celeba" if machine.gpus else "faces-cpu"][1]
     small = PRESETS["faces-cpu"][1]
     settings = base.changed(
@@ -110,7 +110,7 @@ def choose(images: int, landmarks: int, machine: Machine) -> TrainSettings:
         stage2=base.stage2.changed(
             weight_decay=small.stage2.weight_decay,
             min_population=population,
-            most_landmarks=landmarks,
+            max_landmarks=landmarks,
             merge_every=small.stage2.merge_every if not machine.gpus else 5_000,
             visible=small.stage2.visible,
             augmentation=small.stage2.augmentation,
@@ -132,7 +132,7 @@ def reasons(settings: TrainSettings, images: int, machine: Machine, minutes: flo
         schedule = "the published schedule, less by the root of the number of images"
     else:
         schedule = "the schedule of the faces-cpu preset"
-    clusters, population, wanted = settings.cluster.clusters, two.min_population, two.most_landmarks
+    clusters, population, wanted = settings.cluster.clusters, two.min_population, two.max_landmarks
     return [
         Choice("workers", str(workers_for(settings, machine)), f"{device}, {machine.memory_gb:.0f} GB of memory free"),
         Choice("network", f"{network.input_size} px, width {network.width}", size),
@@ -174,15 +174,15 @@ def train_own(command: OwnCommand) -> Outcome:
     """Packs the folder where that has not been done, settles on settings, and trains.
 
     Raises:
-        UserError: if the images or the machine do not permit it, or a run of that name was told otherwise.
+        UserError: if the images or the machine do not permit it, or a run of that name was begun otherwise.
     """
     name = command.name or re.sub(r"[^\w.-]", "_", Path(command.images).resolve().name)
     run_url = storage.join(command.where.runs, name)
-    told_url = RunDirectory(run_url).chosen_url
-    told = command.model_dump(include={"images", "landmarks", "annotations", "minutes"})
-    told |= {"images": str(Path(command.images).resolve())}
-    if storage.exists(told_url) and (changed := differences(storage.read_json(told_url)["told"], told)):
-        raise UserError(f"{run_url} is a run that was told otherwise ({'; '.join(changed)}); take another --name")
+    given_url = RunDirectory(run_url).chosen_url
+    given = command.model_dump(include={"images", "landmarks", "annotations", "minutes"})
+    given |= {"images": str(Path(command.images).resolve())}
+    if storage.exists(given_url) and (changed := differences(storage.read_json(given_url)["given"], given)):
+        raise UserError(f"{run_url} is a run that was begun otherwise ({'; '.join(changed)}); take another --name")
     shards = storage.join(run_url, "shards")
     if not storage.exists(storage.join(shards, MANIFEST)):
         items = folder.items(command.images, command.annotations)
@@ -196,10 +196,10 @@ def train_own(command: OwnCommand) -> Outcome:
                 shard_samples=max(32, min(256, len(items) // 16)),  # several for every worker
             )
         )
-    if not storage.exists(told_url):
+    if not storage.exists(given_url):
         settings = own_settings(command, open_corpus(shards), run_url)
-        storage.write_json(told_url, {"told": told, "settings": settings.model_dump(mode="json")})
-    settings = TrainSettings.model_validate(storage.read_json(told_url)["settings"])
+        storage.write_json(given_url, {"given": given, "settings": settings.model_dump(mode="json")})
+    settings = TrainSettings.model_validate(storage.read_json(given_url)["settings"])
     resources = settings.resources.changed(stop_when_unwell=command.stop_when_unwell)
     settings = settings.changed(resources=resources)
     return train_run(settings, shards, run_url, command.where.tracked_as(name))

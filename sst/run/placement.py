@@ -15,7 +15,7 @@ WORKER_GB, REST_GB = 1.6, 2.8
 """Memory of a CPU worker in float32 over all rounds and mergings, and of all else (driver, Ray, k-means, tasks on two
 cores), with `faces-cpu` (benchmarks/RESULTS.md)."""
 
-MOST_ON_CPUS = 8
+MAX_ON_CPUS = 8
 """Workers that auto takes on CPUs: each more has fewer images of a step of 16 pairs, and 8 have two pairs each."""
 
 TRIAL_ON_CPUS = 2
@@ -66,7 +66,7 @@ def place(settings: TrainSettings, machines: Sequence[Machine], joined: bool = F
         UserError: if what was asked does not fit; the message has both numbers and what to do.
     """
     asked, gpus = settings.resources, sum(int(machine.gpus) for machine in machines)
-    if asked.gpu and joined and gpu_room(settings, machines) < asked.least_workers:
+    if asked.gpu and joined and gpu_room(settings, machines) < asked.min_workers:
         return _to_come(settings, gpus)
     if asked.gpu or (asked.gpu is None and gpus):
         return _on_gpus(settings, machines, gpus)
@@ -92,25 +92,25 @@ def place_trial(settings: TrainSettings, machines: Sequence[Machine], joined: bo
 
 def gpu_room(settings: TrainSettings, machines: Sequence[Machine]) -> int:
     """Workers that find a GPU and CPUs on one machine, while k-means has its share of a GPU too."""
-    own = settings.resources
-    each = _per_gpu(own.worker_gpus)
-    room = sum(min(int(machine.gpus) * each, _fits(machine.cpus, own.worker_cpus)) for machine in machines)
+    item = settings.resources
+    each = _per_gpu(item.worker_gpus)
+    room = sum(min(int(machine.gpus) * each, _fits(machine.cpus, item.worker_cpus)) for machine in machines)
     return max(0, room - _lost_to_kmeans(settings, sum(int(machine.gpus) for machine in machines)))
 
 
 def cpu_workers(cpus: int, memory_gb: float) -> int:
     """A power of two up to 8: as many as there are cores, with memory for a worker each; 0 if there is none for one."""
     fitting = min(cpus, int((memory_gb - REST_GB) / WORKER_GB) if memory_gb < math.inf else cpus)
-    return 2 ** min(int(math.log2(MOST_ON_CPUS)), int(math.log2(fitting))) if fitting >= 1 else 0
+    return 2 ** min(int(math.log2(MAX_ON_CPUS)), int(math.log2(fitting))) if fitting >= 1 else 0
 
 
 def _on_gpus(settings: TrainSettings, machines: Sequence[Machine], gpus: int) -> Placement:
     asked, room = settings.resources, gpu_room(settings, machines)
     is_auto = asked.workers == "auto"
-    if room < asked.least_workers:
+    if room < asked.min_workers:
         raise UserError(_too_few(settings, gpus, room))
     if not is_auto:
-        _check_pool(settings, asked.least_workers)
+        _check_pool(settings, asked.min_workers)
         number = "worker" if asked.workers == "1" else "workers"
         return Placement(asked.workers, True, f"{asked.workers.replace(':', ' to ')} {number} on {_gpus(gpus)}")
     one_each = min(gpus, room)
@@ -136,9 +136,9 @@ def _to_come(settings: TrainSettings, gpus: int) -> Placement:
     """The GPUs are not there yet; Ray tells the cluster's autoscaler what is waited for."""
     asked = settings.resources
     workers = f"1:{settings.workers_for_batch}" if asked.workers == "auto" else asked.workers
-    least = workers.partition(":")[0]
+    minimum = workers.partition(":")[0]
     warning = (
-        f"the cluster has {_gpus(gpus)} now, too few for {least} workers: the run waits until its autoscaler has "
+        f"the cluster has {_gpus(gpus)} now, too few for {minimum} workers: the run waits until its autoscaler has "
         "brought more machines. If it has none that do, stop, and lower --workers or leave out --resources.gpu"
     )
     return Placement(workers, True, f"{workers.replace(':', ' to ')} workers on GPUs that are waited for", warning)
@@ -147,10 +147,10 @@ def _to_come(settings: TrainSettings, gpus: int) -> Placement:
 def _on_cpus(settings: TrainSettings, machines: Sequence[Machine]) -> Placement:
     asked = settings.resources
     room = sum(_fits(machine.cpus, asked.worker_cpus) for machine in machines)
-    if asked.least_workers > room:
+    if asked.min_workers > room:
         cpus = sum(machine.cpus for machine in machines)
         raise UserError(
-            f"{asked.least_workers} workers with {asked.worker_cpus:g} CPUs each were asked for, but the cluster has "
+            f"{asked.min_workers} workers with {asked.worker_cpus:g} CPUs each were asked for, but the cluster has "
             f"{cpus:g}; lower --workers or --resources.worker-cpus"
         )
     if asked.workers != "auto":
@@ -159,13 +159,13 @@ def _on_cpus(settings: TrainSettings, machines: Sequence[Machine]) -> Placement:
     cores, memory = int(sum(machine.cpus for machine in machines)), sum(machine.memory_gb for machine in machines)
     # A run that was begun is not refused for want of memory: what is free is only an estimate.
     workers = max(1, min(room, cpu_workers(cores, memory), settings.workers_for_batch))
-    why = f"auto: one for each of {cores} cores, at most {MOST_ON_CPUS}, as memory and batch permit"
+    why = f"auto: one for each of {cores} cores, at most {MAX_ON_CPUS}, as memory and batch permit"
     return Placement(str(workers), False, f"{workers} worker{'' if workers == 1 else 's'} on CPUs ({why})")
 
 
 def _too_few(settings: TrainSettings, gpus: int, room: int) -> str:
     """What to say when what was asked does not fit on the GPUs."""
-    asked, workers = settings.resources, settings.resources.least_workers
+    asked, workers = settings.resources, settings.resources.min_workers
     if gpus and not room:
         return (
             f"no worker fits on {_gpus(gpus)}: each needs {asked.worker_gpus:g} of one (--resources.worker-gpus) and "
@@ -188,14 +188,14 @@ def _check_pool(settings: TrainSettings, workers: int) -> None:
 
     Ray puts a share of a GPU where least is left, which is beside a worker.
     """
-    actors, own = settings.cluster.actors, settings.resources
-    if actors == 1 or own.kmeans_gpus > 0.5:
+    actors, resources = settings.cluster.actors, settings.resources
+    if actors == 1 or resources.kmeans_gpus > 0.5:
         return
-    if 2 * own.kmeans_gpus <= 1 - own.worker_gpus:
+    if 2 * resources.kmeans_gpus <= 1 - resources.worker_gpus:
         raise UserError(
-            f"cluster.actors {actors}: two with {own.kmeans_gpus:g} of a GPU each could meet on that of a worker with "
-            f"{own.worker_gpus:g}, and each needs a GPU of its own; raise --resources.kmeans-gpus to "
-            f"{1 - own.worker_gpus:g}"
+            f"cluster.actors {actors}: two with {resources.kmeans_gpus:g} of a GPU each could meet on that of a worker "
+            f"with {resources.worker_gpus:g}, and each needs a GPU of its own; raise --resources.kmeans-gpus to "
+            f"{1 - resources.worker_gpus:g}"
         )
     if actors > workers:
         raise UserError(
@@ -206,9 +206,9 @@ def _check_pool(settings: TrainSettings, workers: int) -> None:
 
 def _lost_to_kmeans(settings: TrainSettings, gpus: int) -> int:
     """Workers that have no room since k-means has its share of some GPUs."""
-    own = settings.resources
-    with_kmeans = _fits(1 - own.kmeans_gpus, own.worker_gpus)
-    return min(gpus, settings.cluster.actors) * (_per_gpu(own.worker_gpus) - with_kmeans)
+    resources = settings.resources
+    with_kmeans = _fits(1 - resources.kmeans_gpus, resources.worker_gpus)
+    return min(gpus, settings.cluster.actors) * (_per_gpu(resources.worker_gpus) - with_kmeans)
 
 
 def _per_gpu(share: float) -> int:

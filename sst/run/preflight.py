@@ -63,7 +63,7 @@ def disk_need(settings: TrainSettings, images: int) -> int:
             LandmarkDetector(settings.network.shape, settings.cluster.clusters),
         )
     weights = max(4 * sum(p.numel() for p in model.parameters()) for model in models)
-    points = settings.keypoints.most + settings.cluster.clusters
+    points = settings.keypoints.max_num_keypoints + settings.cluster.clusters
     descriptors = images * points * (2 * settings.network.descriptor_size + 8)
     rounds = 1 + settings.stage1.rounds + 2
     labels = images * min(points, settings.cluster.clusters) * LABEL_BYTES * rounds
@@ -109,10 +109,10 @@ def conflicts(nodes: Mapping[str, Mapping[str, str]]) -> list[str]:
         nodes: name of a node to its `versions`.
     """
     found = []
-    for package in sorted({package for own in nodes.values() for package in own}):
+    for package in sorted({package for each in nodes.values() for package in each}):
         by_version: dict[str, list[str]] = {}
-        for node, own in nodes.items():
-            by_version.setdefault(own.get(package, "none"), []).append(node)
+        for node, each in nodes.items():
+            by_version.setdefault(each.get(package, "none"), []).append(node)
         if len(by_version) > 1 and package not in OPTIONAL:
             listed = "; ".join(f"{version} on {', '.join(sorted(on))}" for version, on in sorted(by_version.items()))
             found.append(f"{package}: {listed}")

@@ -30,8 +30,8 @@ def git_commit() -> str | None:
 
     Where a copy without history runs, as in a submitted job, `LANDMARKS_COMMIT` may tell.
     """
-    if told := os.environ.get("LANDMARKS_COMMIT"):
-        return told
+    if given := os.environ.get("LANDMARKS_COMMIT"):
+        return given
     root = Path(__file__).resolve().parents[2]
     try:
         commit = _git(root, "rev-parse", "HEAD")

@@ -97,12 +97,12 @@ class Tracker:
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """Sends texts that may change, by name."""
-        own = dict(tags)
+        each = dict(tags)
 
         def send() -> None:
             from mlflow.entities import RunTag
 
-            self._client.log_batch(self._run_id, tags=[RunTag(name, value) for name, value in own.items()])
+            self._client.log_batch(self._run_id, tags=[RunTag(name, value) for name, value in each.items()])
 
         self._calls.append(send)
 
@@ -118,19 +118,19 @@ class Tracker:
 
         self._calls.append(send)
 
-    def log(self, figures: Mapping[str, float], step: int) -> None:
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Sends numbers that are not lines of the metrics file, at a step."""
         now = time.time()
-        numbers = [(name, float(value), now, step) for name, value in figures.items()]
+        numbers = [(name, float(value), now, step) for name, value in metrics.items()]
         self._calls.append(lambda: self._send_metrics(numbers))
 
     def log_files(self, files: Mapping[str, bytes]) -> None:
         """Sends files as artifacts, by path."""
-        own = dict(files)
+        each = dict(files)
 
         def send() -> None:
             with tempfile.TemporaryDirectory() as folder:
-                for path, data in own.items():
+                for path, data in each.items():
                     target = Path(folder, path)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(data)
@@ -155,7 +155,7 @@ class Tracker:
         if self._thread.is_alive():
             self._given_up = True
             logger.warning(
-                "not all figures reached MLflow at %s; they are in %s/metrics.jsonl, and giving the run's command "
+                "not all metrics reached MLflow at %s; they are in %s/metrics.jsonl, and giving the run's command "
                 "again sends the rest",
                 redact(self._uri),
                 self._run_url,
@@ -175,7 +175,7 @@ class Tracker:
                 failures += 1
                 if failures == 1:
                     logger.warning(
-                        "MLflow at %s can't be reached (%s); the run goes on, and its figures are sent later",
+                        "MLflow at %s can't be reached (%s); the run goes on, and its metrics are sent later",
                         redact(self._uri),
                         type(error).__name__,
                     )

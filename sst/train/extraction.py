@@ -135,8 +135,8 @@ def extract_descriptors(
             threshold=threshold,
             precision=precision,
         )
-        for values, own in zip((counts, points, descriptors), found, strict=True):
-            values.append(own.cpu().numpy())
+        for values, each in zip((counts, points, descriptors), found, strict=True):
+            values.append(each.cpu().numpy())
         first += len(batch.keys)
     ends = np.cumsum(np.concatenate([[0], *counts]), dtype=np.int64)
     shard_descriptors = Descriptors(ends, np.concatenate(points), np.concatenate(descriptors))
@@ -244,13 +244,13 @@ def keypoint_equivariance(
         image, points, _ = decode_keypoints(heat, threshold)
         result = np.full((len(batch.keys), len(centroids), 2), np.nan)
         for row in range(len(batch.keys)):
-            own = points[image == row]
-            raw = sample_descriptors(desc[row : row + 1], own[None])[0]
+            each = points[image == row]
+            raw = sample_descriptors(desc[row : row + 1], each[None])[0]
             unit = functional.normalize(raw, dim=-1).cpu().numpy()
             kept = usable(unit)
             match = assign(unit[kept], centroids)
             sure = match.distance < thresholds[match.cluster]
-            result[row, match.cluster[sure]] = own.cpu().numpy()[kept][match.point[sure]] * STRIDE
+            result[row, match.cluster[sure]] = each.cpu().numpy()[kept][match.point[sure]] * STRIDE
         return result
 
     moved = transform(warp, torch.from_numpy(found(None)).float().to(device)).cpu().numpy()

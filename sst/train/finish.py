@@ -56,19 +56,19 @@ class Finisher:
                 network=self.settings.network,
                 clusters=channels,
                 visible=self.settings.stage2.visible,
-                figures=metrics,
+                metrics=metrics,
             )
         self.group.wait()
 
     def _steadiest(self, network: LandmarkDetector, channels: list[int]) -> list[int]:
-        """The channels to keep; all, unless `stage2.most_landmarks` bounds them."""
-        most = self.settings.stage2.most_landmarks
-        if most is None or len(channels) <= most:
+        """The channels to keep; all, unless `stage2.max_landmarks` bounds them."""
+        maximum = self.settings.stage2.max_landmarks
+        if maximum is None or len(channels) <= maximum:
             return channels
         kept: list[int] = []
         if self.group.rank == 0:
             share = self._repeatability(keep_landmarks(network, channels), self.corpus.train[0])
-            kept = sorted(channels[number] for number in np.argsort(-share, kind="stable")[:most])
+            kept = sorted(channels[number] for number in np.argsort(-share, kind="stable")[:maximum])
         return list(self.group.gather(kept)[0])
 
     def _repeatability(self, network: LandmarkDetector, shard: ShardInfo) -> np.ndarray:

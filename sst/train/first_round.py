@@ -21,7 +21,7 @@ from sst.data.corpus import Corpus
 from sst.data.shards import ShardInfo
 from sst.train.extraction import first_keypoints
 from sst.train.keypoints import generic_detector
-from sst.train.rounds import ROUND_SEED, correspondence_figures
+from sst.train.rounds import ROUND_SEED, correspondence_metrics
 from sst.train.run_directory import RoundRecord, RunDirectory
 from sst.train.schedule import derived_seed
 from sst.train.tools import Tools
@@ -45,10 +45,10 @@ class KeypointsRecord(BaseModel):
 
 def keypoints_hash(settings: TrainSettings, corpus: Corpus) -> str:
     """Names all that the first keypoints depend on: runs for which it is equal can share them."""
-    told = settings.model_dump_json(include={"seed": True, "keypoints": True, "network": {"input_size"}})
+    given = settings.model_dump_json(include={"seed": True, "keypoints": True, "network": {"input_size"}})
     if settings.keypoints.remove_background:  # which clusters the descriptors
-        told += settings.cluster.model_dump_json(exclude={"clusters", "keep_identities"})
-    return storage.sha256(f"{corpus.manifest_hash} {told}".encode())[:16]
+        given += settings.cluster.model_dump_json(exclude={"clusters", "keep_identities"})
+    return storage.sha256(f"{corpus.manifest_hash} {given}".encode())[:16]
 
 
 def make_first_round(
@@ -94,7 +94,7 @@ def make_first_round(
         thresholds=matched.thresholds.tolist(),
         active=(matched.population > settings.stage2.min_population).tolist(),
         population=matched.population.tolist(),
-        figures=correspondence_figures(matched) | {"keypoints_per_image": first.found / matched.images},
+        metrics=correspondence_metrics(matched) | {"keypoints_per_image": first.found / matched.images},
         seconds=first.seconds | matched.seconds,
     )
     run.finish_round(record, matched.kmeans.centroids)
@@ -122,12 +122,12 @@ def find_keypoints(settings: TrainSettings, corpus: Corpus, folder: str, tools: 
     if settings.keypoints.remove_background:
         background = background_centroids(settings, shards, raw, seed, tools)
         on_object = run_on_shards(background_shard, [(shard_url(raw, shard.file), *background) for shard in shards])
-        keep = [own & mask for own, mask in zip(keep, on_object, strict=True)]
+        keep = [each & mask for each, mask in zip(keep, on_object, strict=True)]
     kept = run_on_shards(
         filter_shard,
         [
-            (shard_url(raw, shard.file), own, shard_url(folder, shard.file))
-            for shard, own in zip(shards, keep, strict=True)
+            (shard_url(raw, shard.file), each, shard_url(folder, shard.file))
+            for shard, each in zip(shards, keep, strict=True)
         ],
     )
     record = KeypointsRecord(
@@ -171,7 +171,7 @@ def inliers(
         score_shard, [(shard_url(raw, shard.file), reference, settings.outlier_neighbours) for shard in shards]
     )
     cut = outlier_cut(np.concatenate(scores), settings.outlier_share)
-    return [np.asarray(own <= cut) for own in scores]
+    return [np.asarray(each <= cut) for each in scores]
 
 
 def score_shard(url: str, reference: str, neighbours: int) -> np.ndarray:
@@ -193,8 +193,8 @@ def background_centroids(
     centroids = []
     for where, wanted in ((True, settings.keypoints.inside_clusters), (False, settings.keypoints.outside_clusters)):
         rows = [np.flatnonzero(mask == where) for mask in masks]
-        drawn = sample_rows([len(own) for own in rows], settings.cluster.sample, seed)
-        sample = [(url, own[chosen]) for url, own, chosen in zip(urls, rows, drawn, strict=True)]
+        drawn = sample_rows([len(each) for each in rows], settings.cluster.sample, seed)
+        sample = [(url, each[chosen]) for url, each, chosen in zip(urls, rows, drawn, strict=True)]
         try:
             centroids.append(tools.fit(sample, replace(settings.cluster.kmeans(seed), clusters=wanted)).centroids)
         except ValueError as error:

@@ -1,6 +1,6 @@
-"""Whether a run is well: figures by which one that comes to nothing is known at once, each with a limit and its reason.
+"""Whether a run is well: metrics by which one that comes to nothing is known at once, each with a limit and its reason.
 
-Pure functions of lines of figures, and `Watch`, which remembers for how many lines a sign has held.
+Pure functions of lines of metrics, and `Watch`, which remembers for how many lines a sign has held.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,23 +16,23 @@ DEAD_SCALE = 0.01
 """A normalisation whose scale is smaller than this has all but switched its channel off; scales begin at 1."""
 
 SETTLED_STEPS = 400
-"""Steps of a stage before its figures are judged: a fresh head first falls from far above the all-zero level to it."""
+"""Steps of a stage before its metrics are judged: a fresh head first falls from far above the all-zero level to it."""
 
 LINES_IN_A_ROW = 5
-"""Lines of figures, of 20 steps each, for which a sign of a step must hold: single ones are noise."""
+"""Lines of metrics, of 20 steps each, for which a sign of a step must hold: single ones are noise."""
 
 
 @dataclass(frozen=True)
 class Sign:
-    """A figure by which something is known to be wrong.
+    """A metric by which something is known to be wrong.
 
     Attributes:
         name: of the sign.
         figure: of a line of metrics.
-        limit: from which the figure is a sign.
+        limit: from which the metric is a sign.
         below: whether it is one below the limit, not above it.
         why: the reason for the limit.
-        means: what is seen there, in words; the figure stands in it as {0}, as a number or a percentage.
+        means: what is seen there, in words; the metric stands in it as {0}, as a number or a percentage.
         cause: what usually leads to it.
         remedy: what to do.
         stages: whose steps are judged; none for rounds of correspondence.
@@ -42,7 +42,7 @@ class Sign:
     """
 
     name: str
-    figure: str
+    metric: str
     limit: float
     below: bool
     why: str
@@ -55,8 +55,8 @@ class Sign:
     ends: bool = True
 
     def holds(self, line: Mapping[str, Any]) -> bool:
-        """Whether a line's figure is beyond the limit; a line without it, or with NaN, says nothing."""
-        value = line.get(self.figure)
+        """Whether a line's metric is beyond the limit; a line without it, or with NaN, says nothing."""
+        value = line.get(self.metric)
         return value is not None and (value < self.limit if self.below else value > self.limit)
 
     def judges(self, line: Mapping[str, Any], stage_step: int) -> bool:
@@ -218,7 +218,7 @@ class Unwell:
 
 @dataclass
 class Watch:
-    """Looks at a run's lines of figures, and tells of a sign once, when it has held for long enough."""
+    """Looks at a run's lines of metrics, and tells of a sign once, when it has held for long enough."""
 
     signs: tuple[Sign, ...]
     held: dict[str, int] = field(default_factory=dict)
@@ -236,7 +236,7 @@ class Watch:
                 continue
             self.held[sign.name] = self.held.get(sign.name, 0) + 1 if sign.holds(line) else 0
             if self.held[sign.name] == sign.lines:
-                found.append(Unwell(sign, float(line[sign.figure]), place_of(line)))
+                found.append(Unwell(sign, float(line[sign.metric]), place_of(line)))
         return found
 
 
@@ -245,17 +245,17 @@ def place_of(line: Mapping[str, Any]) -> str:
     return f"round {line['round']}" if line["kind"] == "round" else f"step {line['step']} ({line['phase']})"
 
 
-def kept_shares(figures: Mapping[str, float], before: Iterable[Mapping[str, float]]) -> dict[str, float]:
+def kept_shares(metrics: Mapping[str, float], before: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Labels and clusters of a round of correspondence against the most that earlier ones had.
 
     The most, not the last: a decline that spreads over several rounds is one as well.
     """
     earlier: Sequence[Mapping[str, float]] = list(before)
     shares = {}
-    for name, figure in (("labels_kept", "labels_per_image"), ("clusters_kept", "clusters_in_use")):
-        most = max((each[figure] for each in earlier), default=0)
-        if most:
-            shares[name] = figures[figure] / most
+    for name, metric in (("labels_kept", "labels_per_image"), ("clusters_kept", "clusters_in_use")):
+        maximum = max((each[metric] for each in earlier), default=0)
+        if maximum:
+            shares[name] = metrics[metric] / maximum
     return shares
 
 

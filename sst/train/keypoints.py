@@ -55,12 +55,12 @@ class RootSift:
         patch: keypoint size in pixels of the view, which sets the described area.
         cell: side in pixels of the view of a cell of the network's heatmap: points in neighbouring cells suppress each
             other, the stronger one stays.
-        most: at most this many points per image, the strongest first.
+        max_num_keypoints: at most this many points per image, the strongest first.
     """
 
     patch: float = 28.0
     cell: float = 4.0
-    most: int = 60
+    max_num_keypoints: int = 60
     descriptor_size: int = 128
     sees_view: bool = True
 
@@ -70,7 +70,9 @@ class RootSift:
         sift = cv2.SIFT_create(enable_precise_upscale=True)  # type: ignore[attr-defined]
         grey = cv2.cvtColor(image_HW3, cv2.COLOR_RGB2GRAY)
         strongest = sorted(sift.detect(grey, None), key=lambda keypoint: -keypoint.response)
-        upright = [cv2.KeyPoint(k.pt[0], k.pt[1], self.patch, 0.0) for k in self._apart(strongest)[: self.most]]
+        upright = [
+            cv2.KeyPoint(k.pt[0], k.pt[1], self.patch, 0.0) for k in self._apart(strongest)[: self.max_num_keypoints]
+        ]
         if not upright:
             return np.zeros((0, 2), np.float32), np.zeros((0, self.descriptor_size), np.float32)
         upright, raw = sift.compute(grey, upright)
@@ -102,8 +104,8 @@ def generic_detector(settings: KeypointSettings, input_size: int) -> KeypointDet
         UserError: if SuperPoint's weights are not given or not usable.
     """
     if settings.detector == "rootsift":
-        return RootSift(settings.patch, STRIDE * VIEW / input_size, settings.most)
+        return RootSift(settings.patch, STRIDE * VIEW / input_size, settings.max_num_keypoints)
     from sst.train.superpoint import SuperPoint, load_superpoint
 
-    own = settings.superpoint
-    return SuperPoint(load_superpoint(own.weights), own.threshold, own.scales, own.half_side)
+    each = settings.superpoint
+    return SuperPoint(load_superpoint(each.weights), each.threshold, each.scales, each.nms_radius)

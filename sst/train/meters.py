@@ -42,11 +42,11 @@ class Skips:
         """
         noted, self.noted = self.noted, []
         taken = torch.stack([finite for _, _, finite in noted]).tolist()
-        for (step, own, _), was_taken in zip(noted, taken, strict=True):
+        for (step, item, _), was_taken in zip(noted, taken, strict=True):
             self.in_a_row = 0 if was_taken else self.in_a_row + 1
             if was_taken:
                 continue
-            keys = [key for each in self.group.gather(own) for key in each]
+            keys = [key for each in self.group.gather(item) for key in each]
             logger.warning("step %d skipped: gradient not finite; samples %s", step, ", ".join(keys))
             self.tools.log({"kind": "skip", "step": step, "keys": keys})
             if self.in_a_row >= SKIP_LIMIT:

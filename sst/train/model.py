@@ -20,7 +20,7 @@ class ModelRecord(BaseModel):
         clusters: cluster number behind each of the model's landmarks.
         visible: confidence from which a landmark counts as visible.
         weights: sha256 of `model.safetensors`.
-        figures: label-free figures of the finished model, see `sst.train.trainer.Trainer.finish`.
+        metrics: label-free metrics of the finished model, see `sst.train.trainer.Trainer.finish`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,7 +30,7 @@ class ModelRecord(BaseModel):
     clusters: list[int]
     visible: float
     weights: str
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
 
 
 def keep_landmarks(model: LandmarkDetector, channels: list[int]) -> LandmarkDetector:

@@ -62,17 +62,17 @@ class RoundMaker:
     group: Group
     tools: Tools
 
-    def correspondence(self, model: DetectorDescriptor, called: nn.Module, previous: RoundRecord, step: int) -> None:
+    def correspondence(self, model: DetectorDescriptor, forward: nn.Module, previous: RoundRecord, step: int) -> None:
         """Extracts every training image's descriptors, clusters them and labels the images (section 3.2).
 
         Args:
             model: stage-1 network without DDP wrapper, in eval mode.
-            called: the same as it is called, perhaps compiled.
+            forward: the same as it is called, perhaps compiled.
             previous: record of the round whose labels were trained on.
             step: optimizer steps taken in the run.
         """
         number, started = previous.number + 1, time.monotonic()
-        rows, dropped = self._extract(called, previous)
+        rows, dropped = self._extract(forward, previous)
         extracted = time.monotonic()
         if self.group.rank == 0:
             seed = derived_seed(self.settings.seed, ROUND_SEED, number)
@@ -88,11 +88,11 @@ class RoundMaker:
                 previous=before if self.settings.cluster.keep_identities else None,
             )
             moved, found_again = (
-                self._equivariance(called, found),
+                self._equivariance(forward, found),
                 self._persistence(previous, found.thresholds, number),
             )
-            figures = correspondence_figures(found)
-            earlier = [each.figures for each in self.run.records() if each.kind == "correspondence"]
+            metrics = correspondence_metrics(found)
+            earlier = [each.metrics for each in self.run.records() if each.kind == "correspondence"]
             seconds = {"extract": extracted - started} | found.seconds
             record = RoundRecord(
                 number=number,
@@ -105,8 +105,8 @@ class RoundMaker:
                 thresholds=found.thresholds.tolist(),
                 active=(found.population > self.settings.stage2.min_population).tolist(),
                 population=found.population.tolist(),
-                figures=figures
-                | kept_shares(figures, earlier)
+                metrics=metrics
+                | kept_shares(metrics, earlier)
                 | {"unusable_descriptors": dropped}
                 | found_again
                 | moved,
@@ -119,25 +119,25 @@ class RoundMaker:
                 storage.remove(descriptors_folder(self.run.round_url(done)))
         self.group.wait()
 
-    def merge(self, model: LandmarkDetector, called: nn.Module, previous: RoundRecord, step: int) -> None:
+    def merge(self, model: LandmarkDetector, forward: nn.Module, previous: RoundRecord, step: int) -> None:
         """Joins clusters that name the same place and renames the labels (section 3.3).
 
         Args:
             model: stage-2 network without DDP wrapper, in eval mode.
-            called: the same as it is called, perhaps compiled.
+            forward: the same as it is called, perhaps compiled.
             previous: record of the round whose labels were trained on.
             step: optimizer steps taken in the run.
         """
         number, two, started = previous.number + 1, self.settings.stage2, time.monotonic()
         overlaps = []
         for done, shard in enumerate(self._mine(), start=1):
-            predicted = predict_shard(called, self.corpus, shard, self.settings)
+            predicted = predict_shard(forward, self.corpus, shard, self.settings)
             confidence = np.where(previous.active, predicted.confidence, 0.0)
             overlaps.append(
                 count_overlaps(predicted.points, confidence, confident=two.merge_confidence, radius=two.merge_radius)
             )
             self._progress("merge", done)
-        shares = [reduce(add, own) for own in self.group.gather(overlaps) if own]
+        shares = [reduce(add, each) for each in self.group.gather(overlaps) if each]
         if self.group.rank == 0:
             overlap = reduce(add, shares)
             population_before = np.array(previous.population)
@@ -168,7 +168,7 @@ class RoundMaker:
                 active=active.tolist(),
                 population=population.tolist(),
                 partner=partner,
-                figures={
+                metrics={
                     "labels_per_image": float(population.sum() / sum(images for _, images in counts)),
                     "clusters_in_use": int(active.sum()),
                     "merged": int(np.sum(previous.active) - active.sum()),
@@ -214,7 +214,7 @@ class RoundMaker:
                 self._progress("extract", done)
             if written:
                 written.result()
-        everyone = {file: count for own in self.group.gather(rows) for file, count in own.items()}
+        everyone = {file: count for each in self.group.gather(rows) for file, count in each.items()}
         return everyone, sum(self.group.gather(dropped))
 
     def _persistence(self, previous: RoundRecord, thresholds: np.ndarray, number: int) -> dict[str, float]:
@@ -244,8 +244,8 @@ class RoundMaker:
         return {"equivariance_error": error} if np.isfinite(error) else {}
 
 
-def correspondence_figures(found: Correspondence) -> dict[str, float]:
-    """The label-free figures that every round of correspondence has."""
+def correspondence_metrics(found: Correspondence) -> dict[str, float]:
+    """The label-free metrics that every round of correspondence has."""
     return {
         "labels_per_image": float(found.population.sum() / max(1, found.images)),
         "clusters_in_use": int((found.population > 0).sum()),

@@ -38,7 +38,7 @@ class RoundRecord(BaseModel):
         active: clusters that may become landmarks.
         population: labels per cluster over the training images.
         partner: of every cluster in mirrored images, see `sst.train.symmetry.Symmetry`; None if it was not sought.
-        figures: the round's numbers, as shown in the report.
+        metrics: the round's metrics, as shown in the report.
         seconds: time by phase.
     """
 
@@ -55,13 +55,13 @@ class RoundRecord(BaseModel):
     active: list[bool]
     population: list[int]
     partner: list[int] | None = None
-    figures: dict[str, float]
+    metrics: dict[str, float]
     seconds: dict[str, float]
 
     def line(self) -> dict[str, Any]:
-        """The round as one line of figures."""
+        """The round as one line of metrics."""
         seconds = {f"{name}_seconds": round(value, 1) for name, value in self.seconds.items()}
-        return {"kind": "round", "round": self.number, "made_by": self.kind} | self.figures | seconds
+        return {"kind": "round", "round": self.number, "made_by": self.kind} | self.metrics | seconds
 
 
 class LandmarkRecord(BaseModel):
@@ -148,9 +148,9 @@ class RunDirectory:
         """Notes in the run's settings in what arithmetic it is computed; not in a directory without settings."""
         if not storage.exists(self.settings_url):
             return
-        told = storage.read_json(self.settings_url)
-        told["settings"]["resources"]["precision"] = precision
-        storage.write_json(self.settings_url, told)
+        given = storage.read_json(self.settings_url)
+        given["settings"]["resources"]["precision"] = precision
+        storage.write_json(self.settings_url, given)
 
     def round_url(self, number: int) -> str:
         """Directory of a round."""

@@ -52,8 +52,8 @@ def plan(settings: TrainSettings, images: int) -> list[Phase]:
     for name, stage, steps in lengths:
         first = phases[-1].first_step + phases[-1].steps if phases else 0
         before = sum(phase.steps for phase in phases if phase.stage == stage)
-        batch, least = (one.pairs, one.min_labels) if stage == 1 else (two.batch, 1)
-        phases.append(Phase(name, stage, len(phases), first, steps, before, batch, least))
+        batch, minimum = (one.pairs, one.min_labels) if stage == 1 else (two.batch, 1)
+        phases.append(Phase(name, stage, len(phases), first, steps, before, batch, minimum))
     return phases
 
 

@@ -158,7 +158,7 @@ def magnification(scale: float, height: int, width: int) -> np.ndarray:
     return np.array([[scale, 0.0, (1 - scale) * x], [0.0, scale, (1 - scale) * y], [0.0, 0.0, 1.0]])
 
 
-def suppress_points(points_N2: np.ndarray, confidence_N: np.ndarray, half_side: float) -> np.ndarray:
+def suppress_points(points_N2: np.ndarray, confidence_N: np.ndarray, nms_radius: float) -> np.ndarray:
     """Greedy non-maximum suppression of points anywhere, not only on pixels.
 
     A point falls where its square overlaps that of a more confident point that stays, by an IoU above 0.01. Of
@@ -167,7 +167,7 @@ def suppress_points(points_N2: np.ndarray, confidence_N: np.ndarray, half_side: 
     Args:
         points_N2: points.
         confidence_N: their confidences.
-        half_side: of the squares around the points, in the points' unit.
+        nms_radius: of the squares around the points, in the points' unit.
 
     Returns:
         Numbers of the points that stay, int64, the most confident first.
@@ -178,7 +178,7 @@ def suppress_points(points_N2: np.ndarray, confidence_N: np.ndarray, half_side: 
     while len(remaining):
         best, remaining = remaining[0], remaining[1:]
         kept.append(best)
-        free = free_of(points[remaining], points[best : best + 1], half_side)
+        free = free_of(points[remaining], points[best : best + 1], nms_radius)
         remaining = remaining[free.numpy()]
     return np.array(kept, np.int64)
 
@@ -193,7 +193,7 @@ class SuperPoint:
         network: with weights, see `load_superpoint`.
         threshold: confidence above which a pixel is a point.
         scales: magnifications, the first of them 1: descriptors come from there.
-        half_side: half side of the squares that must not overlap, in pixels.
+        nms_radius: half side of the squares that must not overlap, in pixels.
 
     Raises:
         ValueError: if the scales do not begin with 1, or one is below 1.
@@ -204,7 +204,7 @@ class SuperPoint:
     network: SuperPointNetwork
     threshold: float = 0.1
     scales: tuple[float, ...] = (1.0, 1.3, 1.6)
-    half_side: float = 6.0
+    nms_radius: float = 6.0
     descriptor_size: int = DESCRIPTOR_SIZE
     sees_view: bool = False
 
@@ -226,7 +226,7 @@ class SuperPoint:
         # One scale after the other: a large image takes half a gigabyte per megapixel as it is.
         points, confidence, maps = zip(*(self._detect(grey, scale) for scale in self.scales), strict=True)
         united = np.concatenate(points)
-        united = united[suppress_points(united, np.concatenate(confidence), self.half_side)]
+        united = united[suppress_points(united, np.concatenate(confidence), self.nms_radius)]
         cells = (torch.from_numpy(united).to(maps[0].device) - (CELL - 1) / 2) / CELL
         rows = functional.normalize(sample_descriptors(maps[0], cells[None])[0], dim=1).cpu().numpy()
         # A zero or NaN row cannot be compared with anything.
@@ -243,6 +243,6 @@ class SuperPoint:
         heat = confidence_map(logits)[0].cpu().numpy()
         row, column = np.nonzero(heat > self.threshold)
         points, confidence = np.stack([column, row], 1), heat[row, column]
-        kept = suppress_points(points, confidence, self.half_side)
-        own = transform_points(np.linalg.inv(to_copy), points[kept])
-        return own.astype(np.float32), confidence[kept], descriptors
+        kept = suppress_points(points, confidence, self.nms_radius)
+        each = transform_points(np.linalg.inv(to_copy), points[kept])
+        return each.astype(np.float32), confidence[kept], descriptors

@@ -15,7 +15,7 @@ CLOSE = 0.06
 """A partner lies within this share of the view, in the median image."""
 
 
-LEAST_SHARE = 0.2
+MIN_SHARE = 0.2
 """Share of the images on which both must be visible."""
 
 
@@ -50,7 +50,7 @@ def find_symmetry(plain_NK2: np.ndarray, mirrored_NK2: np.ndarray, size: float) 
     distance = np.linalg.norm(plain_NK2[:, :, None] - mirrored_NK2[:, None], axis=-1)
     both = np.isfinite(distance)
     median = np.full((landmarks, landmarks), 2 * size)
-    for k, j in np.argwhere(both.mean(0) > LEAST_SHARE):
+    for k, j in np.argwhere(both.mean(0) > MIN_SHARE):
         median[k, j] = np.median(distance[both[:, k, j], k, j])
     # Mirroring twice changes nothing, so the matching is sought among symmetric costs.
     cost = (median + median.T) / 2

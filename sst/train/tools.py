@@ -16,7 +16,7 @@ class Tools:
     Attributes:
         fit: k-means on (descriptor shard, row numbers) pairs.
         run_on_shards: runs a function per shard.
-        log: takes one line of figures.
+        log: takes one line of metrics.
         stop: whether the run is to end after a checkpoint.
     """
 

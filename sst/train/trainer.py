@@ -98,17 +98,17 @@ class Trainer:
         return cast(LandmarkDetector, self.learner.network.eval())
 
     def _make_round(self, rounds: RoundMaker, record: RoundRecord, step: int) -> None:
-        network, called = self.learner.network.eval(), self.learner.without_gradients
+        network, forward = self.learner.network.eval(), self.learner.without_gradients
         if isinstance(network, DetectorDescriptor):
-            rounds.correspondence(network, called, record, step)
+            rounds.correspondence(network, forward, record, step)
         else:
-            rounds.merge(network, called, record, step)
+            rounds.merge(network, forward, record, step)
 
     def _settle_arithmetic(self) -> None:
         """Agrees with all workers in what convolutions are computed and whether compiled, and says so."""
-        told, device = self.settings.resources.precision, self.group.device
-        precision: Precision = "bf16" if all(self.group.gather(uses_bf16(device, told))) else "float32"
-        if told == "auto" and self.group.rank == 0:
+        given, device = self.settings.resources.precision, self.group.device
+        precision: Precision = "bf16" if all(self.group.gather(uses_bf16(device, given))) else "float32"
+        if given == "auto" and self.group.rank == 0:
             self.run.note_precision(precision)
         self.settings = self.settings.with_precision(precision)
         self.compiles, obstacle = settled_compiling(self.settings.resources.compile, self.group)
@@ -134,12 +134,12 @@ class Trainer:
             # DDP has averaged the gradients, so their norm, and what follows from it, is the same on all ranks.
             rate = learning_rate(self.settings, phase, step)
             norm, finite = learner.update(rate)
-            meter.add(losses.figures() | {"gradient_norm": norm})
+            meter.add(losses.metrics() | {"gradient_norm": norm})
             self.skips.add(global_step, batch.keys, finite)
             last = step + 1 == phase.steps
             unwell = False
             if (step + 1) % LOG_STEPS == 0 or last:
-                line = meter.line(global_step + 1, step + 1, self._weights_figures()) | {"learning_rate": rate}
+                line = meter.line(global_step + 1, step + 1, self._weights_metrics()) | {"learning_rate": rate}
                 self.tools.log(line)
                 unwell = self._unwell(line, phase.stage_step + step + 1)
             stop = unwell or ((global_step + 1) % LOG_STEPS == 0 and self._stop_asked())
@@ -150,7 +150,7 @@ class Trainer:
                 self._checkpoint(index, step + 1)
             if stop:
                 raise Unwell if unwell else Stopped
-        reasons = {key: why for own in self.group.gather(self.undecodable.reasons) for key, why in own.items()}
+        reasons = {key: why for each in self.group.gather(self.undecodable.reasons) for key, why in each.items()}
         if reasons:
             self.tools.log({"kind": "undecodable", "samples": reasons})
 
@@ -170,7 +170,7 @@ class Trainer:
         """Whether the run is to end; all workers answer alike."""
         return any(self.group.gather(self.group.rank == 0 and self.tools.stop()))
 
-    def _weights_figures(self) -> dict[str, Tensor]:
+    def _weights_metrics(self) -> dict[str, Tensor]:
         """What the weights and their gradients tell of the run's health; scalars on the device."""
         return {"decay_share": self.learner.update.decay_share(), "dead_scales": dead_scales(self.learner.network)}
 
@@ -270,9 +270,9 @@ def settled_compiling(asked: bool | None, group: Group) -> tuple[bool, str | Non
 def out_of_memory(settings: TrainSettings, stage: int) -> str:
     """What to say when a GPU's memory is full: what was asked for, what there is, and what to try."""
     name, size = ("stage1.pairs", settings.stage1.pairs) if stage == 1 else ("stage2.batch", settings.stage2.batch)
-    workers = settings.resources.least_workers
-    least = 2 * workers if stage == 1 else workers
-    smaller = max(least, size // 2 // workers * workers)
+    workers = settings.resources.min_workers
+    minimum = 2 * workers if stage == 1 else workers
+    smaller = max(minimum, size // 2 // workers * workers)
     total = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else float("nan")
     hint = (
         f"try --{name} {smaller}"

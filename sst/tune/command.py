@@ -79,7 +79,7 @@ def sweep_of(command: TuneCommand) -> Sweep:
 def print_table(sweep: Sweep, records: Sequence[TrialRecord]) -> None:
     """Trials in the order of their objective, finished ones first."""
     names = list(dict.fromkeys(name for values in sweep.trials for name in values))
-    scored = any("score/forward" in record.figures for record in records)
+    scored = any("score/forward" in record.metrics for record in records)
     scores = ["score/forward", "score/backward"] if scored else []
     short = [name.rpartition(".")[2] for name in names]
     shown_names = [last if short.count(last) == 1 else name for name, last in zip(names, short, strict=True)]
@@ -93,8 +93,8 @@ def print_table(sweep: Sweep, records: Sequence[TrialRecord]) -> None:
 
     for number in sorted(range(len(records)), key=place):
         record = records[number]
-        figures = [record.objective, record.figures.get("model/landmarks"), *(record.figures.get(n) for n in scores)]
-        shown = ["-" if figure is None else f"{figure:.4g}" for figure in figures]
+        metrics = [record.objective, record.metrics.get("model/landmarks"), *(record.metrics.get(n) for n in scores)]
+        shown = ["-" if metric is None else f"{metric:.4g}" for metric in metrics]
         values = [str(record.values[name]) for name in names]
         table.add_row(f"{number:03d}", *values, record.status, str(record.step), *shown)
     console = Console()

@@ -1,4 +1,4 @@
-"""Runs side by side: what MLflow holds of them as one HTML page, with settings that differ, figures and curves."""
+"""Runs side by side: what MLflow holds of them as one HTML page, with settings that differ, metrics and curves."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ CURVES = {
 }
 """Metrics whose curves are laid over each other."""
 
-MOST_RUNS = 100
+MAX_RUNS = 100
 """More runs than these cannot be told apart on one page."""
 
 
@@ -63,13 +63,13 @@ class ComparedRun:
     curves: Mapping[str, tuple[list[int], list[float]]] = field(default_factory=dict)
 
 
-def fetch_runs(uri: str, experiment: str, told: Sequence[str] = ()) -> list[ComparedRun]:
+def fetch_runs(uri: str, experiment: str, given: Sequence[str] = ()) -> list[ComparedRun]:
     """The runs to compare, the oldest first.
 
     Args:
         uri: MLflow tracking URI.
         experiment: name of the experiment.
-        told: run ids or names; a sweep stands for its trials. All of the experiment's runs where empty.
+        given: run ids or names; a sweep stands for its trials. All of the experiment's runs where empty.
 
     Raises:
         UserError: if the server, the experiment or a run can't be found, or nothing was logged.
@@ -87,26 +87,26 @@ def fetch_runs(uri: str, experiment: str, told: Sequence[str] = ()) -> list[Comp
         while token is None or token:
             page = client.search_runs([found.experiment_id], order_by=["attributes.start_time"], page_token=token or "")
             runs, token = runs + list(page), page.token or ""
-        chosen = [run for run in choose(runs, told) if run.data.metrics]
+        chosen = [run for run in choose(runs, given) if run.data.metrics]
         if not chosen:
             raise UserError(f"experiment {experiment} at {redact(uri)} has no run with figures")
-        if len(chosen) > MOST_RUNS:
-            raise UserError(f"{len(chosen)} runs are too many for one page; name at most {MOST_RUNS}, or sweeps")
+        if len(chosen) > MAX_RUNS:
+            raise UserError(f"{len(chosen)} runs are too many for one page; name at most {MAX_RUNS}, or sweeps")
         return [_compared(client, run) for run in chosen]
     except mlflow.exceptions.MlflowException as error:
         raise UserError(f"MLflow at {redact(uri)}: {' '.join(str(error).split())}") from error
 
 
-def choose(runs: Sequence[Any], told: Sequence[str]) -> list[Any]:
+def choose(runs: Sequence[Any], given: Sequence[str]) -> list[Any]:
     """Those of the runs that are meant by ids or names; a sweep stands for its trials.
 
     Raises:
         UserError: naming those that are not there.
     """
-    if not told:
+    if not given:
         return list(runs)
     chosen, missing = [], []
-    for each in told:
+    for each in given:
         meant = [run for run in runs if each in (run.info.run_id, run.info.run_name)]
         parents = {run.info.run_id for run in meant}
         trials = [run for run in runs if run.data.tags.get("mlflow.parentRunId") in parents]
@@ -156,14 +156,14 @@ def comparison_page(title: str, runs: Sequence[ComparedRun]) -> str:
     template = Path(__file__).with_name("comparison.html").read_text("utf-8")
     meanings = {name: meaning for name, meaning in MEANINGS.items() if name in " ".join(shown.values())}
     return environment.from_string(template).render(
-        title=title, runs=runs, varied=varied, figures=shown, picture=picture, meanings=meanings
+        title=title, runs=runs, varied=varied, metrics=shown, picture=picture, meanings=meanings
     )
 
 
 def label(run: ComparedRun, varied: Sequence[str]) -> str:
     """A run in the curves' legend: its name, and what it varies where that is little."""
-    told = [f"{name.rpartition('.')[2]} {run.params[name]}" for name in varied if name in run.params]
-    return run.name if not told or len(told) > 3 else f"{run.name}: {', '.join(told)}"
+    given = [f"{name.rpartition('.')[2]} {run.params[name]}" for name in varied if name in run.params]
+    return run.name if not given or len(given) > 3 else f"{run.name}: {', '.join(given)}"
 
 
 def track_page(uri: str, experiment: str, runs: Sequence[ComparedRun], page: str) -> str:

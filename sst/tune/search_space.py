@@ -73,19 +73,19 @@ class SearchSpace(RootModel[dict[str, Choice | Range]]):
     model_config = ConfigDict(frozen=True)
 
 
-def dimension_of(told: Any) -> Any:
+def dimension_of(given: Any) -> Any:
     """A dimension as people write it: a list or "20,30" (choice), "1e-4..1e-3" or "1e-4..1e-3:log" (range)."""
-    if isinstance(told, list):
-        return {"values": [_value(value) if isinstance(value, str) else value for value in told]}
-    if not isinstance(told, str):
-        return told if isinstance(told, Mapping) else {"values": [told]}
-    low, dots, high = told.partition("..")
+    if isinstance(given, list):
+        return {"values": [_value(value) if isinstance(value, str) else value for value in given]}
+    if not isinstance(given, str):
+        return given if isinstance(given, Mapping) else {"values": [given]}
+    low, dots, high = given.partition("..")
     if dots:
         high, _, scale = high.partition(":")
         if scale not in ("", "log"):
-            raise ValueError(f"{told!r}: after the range only :log may stand")
+            raise ValueError(f"{given!r}: after the range only :log may stand")
         return {"low": _number(low), "high": _number(high), "log": scale == "log"}
-    return {"values": [_value(part) for part in told.split(",")]}
+    return {"values": [_value(part) for part in given.split(",")]}
 
 
 def _number(text: str) -> int | float:
@@ -102,11 +102,11 @@ def _value(text: str) -> Any:
         return yaml.safe_load(text)  # true, null and words; YAML takes 5e-4 for a word
 
 
-def parse_space(told: Mapping[str, Any], settings: TrainSettings) -> SearchSpace:
+def parse_space(given: Mapping[str, Any], settings: TrainSettings) -> SearchSpace:
     """A search space, of which every value is one that the setting takes.
 
     Args:
-        told: name of a setting to what `dimension_of` takes.
+        given: name of a setting to what `dimension_of` takes.
         settings: what does not vary.
 
     Raises:
@@ -114,7 +114,7 @@ def parse_space(told: Mapping[str, Any], settings: TrainSettings) -> SearchSpace
     """
     wrong: list[str] = []
     dimensions: dict[str, Choice | Range] = {}
-    for name, dimension in told.items():
+    for name, dimension in given.items():
         try:
             read = dimension_of(dimension)
             dimensions[name] = (Choice if "values" in read else Range).model_validate(read)
@@ -140,12 +140,12 @@ def read_space(file: str) -> dict[str, Any]:
         UserError: if it can't be read or is no mapping.
     """
     try:
-        told = yaml.safe_load(storage.read_bytes(file))
+        given = yaml.safe_load(storage.read_bytes(file))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: {' '.join(str(error).split())}") from error
-    if not isinstance(told, dict) or not all(isinstance(name, str) for name in told):
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
         raise UserError(f"{file}: a search space maps names of settings to values, such as cluster.clusters: [20, 30]")
-    return told
+    return given
 
 
 def with_values(settings: TrainSettings, values: Values) -> TrainSettings:
@@ -171,8 +171,8 @@ def with_values(settings: TrainSettings, values: Values) -> TrainSettings:
     try:
         return TrainSettings.model_validate(tree)
     except ValidationError as error:
-        told = ", ".join(f"{name}={value}" for name, value in values.items())
-        raise UserError(f"{told}: " + "; ".join(problem["msg"] for problem in error.errors())) from error
+        given = ", ".join(f"{name}={value}" for name, value in values.items())
+        raise UserError(f"{given}: " + "; ".join(problem["msg"] for problem in error.errors())) from error
 
 
 def setting_names(tree: Mapping[str, Any], prefix: str = "") -> list[str]:

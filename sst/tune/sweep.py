@@ -69,7 +69,7 @@ class TrialRecord(BaseModel):
         status: finished; stopped for being weak; failed.
         step: optimizer steps taken.
         objective: of the finished model; smaller is better.
-        figures: of the finished model, and scores where there are annotations.
+        metrics: of the finished model, and scores where there are annotations.
         error: why it failed or was stopped.
         seconds: of the start in which it ended.
     """
@@ -80,7 +80,7 @@ class TrialRecord(BaseModel):
     status: Literal["finished", "stopped", "failed"]
     step: int = 0
     objective: float | None = None
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     error: str | None = None
     seconds: float = 0.0
 
@@ -130,22 +130,22 @@ class Sweep:
         """Writes what the sweep was told, or checks that it was told the same before.
 
         Raises:
-            UserError: if there is a sweep of that name and `resume` is not set, or it was told otherwise.
+            UserError: if there is a sweep of that name and `resume` is not set, or it was begun otherwise.
         """
         url = storage.join(self.url, "sweep.json")
-        told = {
+        given = {
             "settings": self.settings.model_dump(mode="json"),
             "shards": self.shards,
             "trials": self.trials,
             "objective": self.objective,
         }
         if not storage.exists(url):
-            storage.write_json(url, told)
+            storage.write_json(url, given)
             return
         if not resume:
             raise UserError(f"{self.url} is a sweep already; go on with it by --resume, or take another --name")
-        if changed := differences(storage.read_json(url), told):
-            raise UserError(f"{self.url} was told otherwise ({'; '.join(changed)}); take another --name")
+        if changed := differences(storage.read_json(url), given):
+            raise UserError(f"{self.url} was begun otherwise ({'; '.join(changed)}); take another --name")
 
 
 def run_sweep(sweep: Sweep, *, concurrent: int | None, early_stop: bool, resume: bool) -> list[TrialRecord]:
@@ -243,11 +243,11 @@ def conclude(sweep: Sweep, records: list[TrialRecord], tracker: Tracker) -> None
     with suppress(FileNotFoundError):  # the trial has never reached MLflow
         tags["best"] = noted_run(sweep.run(best).url)
     tracker.log_tags(tags)
-    tracker.log(records[best].figures | {"objective": records[best].objective or 0.0}, 0)
+    tracker.log(records[best].metrics | {"objective": records[best].objective or 0.0}, 0)
     if tracking.register is not None:
-        own = sweep.track(best).open(sweep.run(best).url)
-        own.register(tracking.register)
-        own.close("FINISHED")
+        each = sweep.track(best).open(sweep.run(best).url)
+        each.register(tracking.register)
+        each.close("FINISHED")
 
 
 def beside_this_process() -> dict[str, float]:
@@ -259,7 +259,7 @@ def beside_this_process() -> dict[str, float]:
 
 def room_for(settings: TrainSettings, machines: Sequence[Machine], gpu: bool) -> int:
     """How many trials with these settings the cluster can train at once."""
-    workers = settings.resources.most_workers
+    workers = settings.resources.max_workers
     if gpu:
         return max(1, gpu_room(settings, machines) // workers)
     cpus = sum(machine.cpus for machine in machines)
@@ -319,15 +319,15 @@ def train_trial(sweep: Sweep, number: int, reader: MetricsReader) -> Iterator[tu
 def finished_record(sweep: Sweep, number: int, seconds: float) -> TrialRecord:
     """What a finished run came to."""
     run = sweep.run(number)
-    figures = storage.read_json(run.final_metrics_url)
+    metrics = storage.read_json(run.final_metrics_url)
     images = open_corpus(sweep.shards).manifest.samples_of("train")
     last = plan(with_values(sweep.settings, sweep.trials[number]), images)[-1]
     return TrialRecord(
         values=sweep.trials[number],
         status="finished",
         step=last.first_step + last.steps,
-        objective=final_objective(sweep.objective, figures),
-        figures=figures,
+        objective=final_objective(sweep.objective, metrics),
+        metrics=metrics,
         seconds=seconds,
     )
 
@@ -346,7 +346,7 @@ def watcher(sweep: Sweep, concurrent: int) -> Any:
             number = trial.config["trial"]
             again = "" if number not in self.began else " again, its process was lost"
             self.began.setdefault(number, time.monotonic())
-            say(f"trial {number:03d} starts{again}: {told(sweep.trials[number])}")
+            say(f"trial {number:03d} starts{again}: {given(sweep.trials[number])}")
 
         def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
             say(f"trial {trial.config['trial']:03d}  step {result['step']}  {off(result['error'])}")
@@ -397,7 +397,7 @@ def off(error: float) -> str:
     return f"equivariance error {error:.3g} % of the distance between clusters"
 
 
-def told(values: Values) -> str:
+def given(values: Values) -> str:
     """A trial's values as people write them."""
     return " ".join(f"{name}={value}" for name, value in values.items())
 

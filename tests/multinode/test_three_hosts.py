@@ -36,7 +36,8 @@ PACK = "toy --count 90 --size 96 --test-share 0.3 --shard-samples 16".split()
 TRAIN = """
 toy-cpu --workers 3 --resources.worker-cpus 0.6 --stage1.pairs 6 --stage2.batch 6
 --network.input-size 64 --network.width 16 --network.depth 2 --network.groups 2 --network.descriptor-size 16
---keypoints.most 20 --cluster.clusters 8 --stage1.warmup-iterations 10 --stage1.rounds 2 --stage1.round-iterations 10
+--keypoints.max-num-keypoints 20
+--cluster.clusters 8 --stage1.warmup-iterations 10 --stage1.rounds 2 --stage1.round-iterations 10
 --stage1.min-labels 2 --stage1.threshold 0.05 --stage2.iterations 30 --stage2.min-population 2 --stage2.merge-after 10
 --stage2.merge-every 10
 """.split()

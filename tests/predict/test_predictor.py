@@ -205,7 +205,7 @@ def test_marks_are_drawn_at_the_visible_landmarks_and_nowhere_else():
 
 def test_a_model_that_learnt_from_boxes_asks_for_them(images, tmp_path, capsys):
     detector = LandmarkDetector(NETWORK.shape, LANDMARKS)
-    fields = {"network": NETWORK, "clusters": list(range(LANDMARKS)), "visible": 0.0, "figures": {"box_share": 0.3}}
+    fields = {"network": NETWORK, "clusters": list(range(LANDMARKS)), "visible": 0.0, "metrics": {"box_share": 0.3}}
     save_model(str(tmp_path / "model"), detector, **fields)
     (tmp_path / "boxes.csv").write_text("file,box_x0,box_y0,box_x1,box_y1\n0.png,1,1,60,60\n")
     for more, asks in (([], True), (["--boxes", str(tmp_path / "boxes.csv"), "--overwrite"], False)):

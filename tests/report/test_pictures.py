@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from sst.progress import clock, duration
-from sst.report import plots as figures
+from sst.report import plots
 from sst.report.advice import Warned, landmark_facts
 from sst.report.pictures import png
 from sst.report.report import ReportFigure, write_report
@@ -31,50 +31,50 @@ def test_invisible_landmarks_are_not_drawn():
     nothing = np.zeros((3, 12), bool)
     some = nothing.copy()
     some[:, 4] = True
-    bare, drawn = (pixels(figures.landmark_grid(IMAGES * 0, POINTS, visible)) for visible in (nothing, some))
+    bare, drawn = (pixels(plots.landmark_grid(IMAGES * 0, POINTS, visible)) for visible in (nothing, some))
     assert bare.shape == drawn.shape
     assert np.abs(bare - drawn).sum() > 0
     # Landmark 4's colour appears only where it is drawn.
-    colour = np.array([int(figures.COLOURS[4][i : i + 2], 16) for i in (1, 3, 5)])
+    colour = np.array([int(plots.COLOURS[4][i : i + 2], 16) for i in (1, 3, 5)])
     assert (np.abs(drawn - colour).sum(-1) < 12).any() and not (np.abs(bare - colour).sum(-1) < 12).any()
 
 
 def test_a_landmark_outside_the_image_does_not_shrink_it():
     outside = np.full((1, 1, 2), 90.0)
-    drawn = figures.landmark_grid(IMAGES[:1], outside, np.ones((1, 1), bool))
+    drawn = plots.landmark_grid(IMAGES[:1], outside, np.ones((1, 1), bool))
     assert drawn.axes[0].get_xlim() == (-0.5, 63.5) and drawn.axes[0].get_ylim() == (63.5, -0.5)
 
 
 def test_rounds_are_counted_in_whole_numbers():
-    drawn = figures.round_statistics([{"round": 0, "inertia": 1.0}, {"round": 1, "inertia": 0.5}])
+    drawn = plots.round_statistics([{"round": 0, "inertia": 1.0}, {"round": 1, "inertia": 0.5}])
     assert all(tick == round(tick) for tick in drawn.axes[0].get_xticks())
 
 
 def test_every_panel_of_curves_is_drawn():
     for count in (0, 1, 3, 7):
         panels = {f"panel {n}": [("run", [0.0, 1.0], [0.0, float(n)])] for n in range(count)}
-        drawn = figures.curves(panels)
+        drawn = plots.curves(panels)
         assert [axis.get_title() for axis in drawn.axes] == list(panels)
         assert pixels(drawn).std() > 0 or not count
 
 
 def test_every_landmark_looks_different():
-    looks = {(figures.style(k)["color"], figures.style(k)["marker"]) for k in range(80)}
+    looks = {(plots.style(k)["color"], plots.style(k)["marker"]) for k in range(80)}
     assert len(looks) == 80
 
 
 def test_other_pictures_are_drawn():
     first = [(POINTS[i][:5], np.arange(5)) for i in range(3)]
-    assert pixels(figures.before_after(IMAGES, first, POINTS, np.ones((3, 12), bool))).std() > 0
-    assert pixels(figures.cluster_gallery(IMAGES, POINTS[:, 0], "Landmark 0")).std() > 0
-    assert pixels(figures.error_curves(np.linspace(0.01, 0.05, 20), np.linspace(0.02, 0.04, 9), "toy")).std() > 0
+    assert pixels(plots.before_after(IMAGES, first, POINTS, np.ones((3, 12), bool))).std() > 0
+    assert pixels(plots.cluster_gallery(IMAGES, POINTS[:, 0], "Landmark 0")).std() > 0
+    assert pixels(plots.error_curves(np.linspace(0.01, 0.05, 20), np.linspace(0.02, 0.04, 9), "toy")).std() > 0
     rounds = [{"round": 0, "labels_per_image": 9.0}, {"round": 1, "labels_per_image": 8.0, "inertia": 0.1}]
-    assert pixels(figures.round_statistics(rounds)).std() > 0
-    assert pixels(figures.round_statistics([])).std() > 0
+    assert pixels(plots.round_statistics(rounds)).std() > 0
+    assert pixels(plots.round_statistics([])).std() > 0
 
 
 def test_the_report_needs_nothing_else_and_escapes_what_it_is_given(tmp_path):
-    picture = ReportFigure("landmarks", "a <caption>", png(figures.round_statistics([])))
+    picture = ReportFigure("landmarks", "a <caption>", png(plots.round_statistics([])))
     write_report(
         RunDirectory(str(tmp_path)),
         title="<script>alert(1)</script>",

@@ -19,7 +19,7 @@ from sst.errors import UserError
 from sst.presets import PRESETS
 from sst.run import estimate
 from sst.run.estimate import Speed, expected_seconds, measure, scaled, timed, within
-from sst.run.own import LEAST_IMAGES, OwnCommand, choose, own_settings, reasons, workers_for
+from sst.run.own import MIN_IMAGES, OwnCommand, choose, own_settings, reasons, workers_for
 from sst.run.placement import Machine
 from sst.train.consistency import repeatability
 from sst.train.schedule import plan
@@ -35,7 +35,7 @@ UNCOMPILED = replace(GPU_SPEED, first=8.0, stage1=0.056, stage2=0.1)
 
 
 @given(
-    images=st.integers(LEAST_IMAGES, 10**6),
+    images=st.integers(MIN_IMAGES, 10**6),
     landmarks=st.integers(2, 200),
     cpus=st.integers(1, 256),
     gpus=st.integers(0, 16),
@@ -44,7 +44,7 @@ UNCOMPILED = replace(GPU_SPEED, first=8.0, stage1=0.056, stage2=0.1)
 def test_any_folder_and_machine_give_sound_settings(images, landmarks, cpus, gpus, memory):
     settings = choose(images, landmarks, Machine(cpus, gpus, memory))
     assert TrainSettings.model_validate(settings.model_dump()) == settings
-    assert settings.stage2.most_landmarks == landmarks < settings.cluster.clusters
+    assert settings.stage2.max_landmarks == landmarks < settings.cluster.clusters
     assert settings.stage2.min_population < images
     assert settings.resources.workers == "auto" and workers_for(settings, Machine(cpus, gpus, memory)) <= (gpus or cpus)
     assert all("?" not in choice.why for choice in reasons(settings, images, Machine(cpus, gpus, memory), None))
@@ -64,8 +64,8 @@ def test_workers_fit_memory():
 
 
 def test_too_few_images_are_refused_with_what_the_method_needs():
-    with pytest.raises(UserError, match=f"needs at least {LEAST_IMAGES}"):
-        choose(LEAST_IMAGES - 1, 20, LAPTOP)
+    with pytest.raises(UserError, match=f"needs at least {MIN_IMAGES}"):
+        choose(MIN_IMAGES - 1, 20, LAPTOP)
 
 
 def test_the_estimate_for_the_measured_run_is_what_it_took():
@@ -82,7 +82,7 @@ MACHINES = st.sampled_from([(LAPTOP, SPEED, 5_000), (GPU_BOX, UNCOMPILED, 20_000
 @given(st.floats(5, 240), st.data(), MACHINES)
 def test_any_budget_from_five_minutes_on_is_kept_and_used(minutes, data, found):
     machine, speed, most = found
-    images = data.draw(st.integers(LEAST_IMAGES, most))
+    images = data.draw(st.integers(MIN_IMAGES, most))
     if machine.gpus and minutes >= estimate.COMPILING_PAYS:
         speed = GPU_SPEED
     fitting = within(choose(images, 20, machine), images, speed, minutes)
@@ -96,7 +96,7 @@ def test_any_budget_from_five_minutes_on_is_kept_and_used(minutes, data, found):
 
 
 @settings(max_examples=40)
-@given(st.floats(0.01, 60), st.integers(LEAST_IMAGES, 400_000), MACHINES)
+@given(st.floats(0.01, 60), st.integers(MIN_IMAGES, 400_000), MACHINES)
 def test_a_budget_that_is_too_short_is_refused_with_one_that_is_not(minutes, images, found):
     machine, speed, _ = found
     settings = choose(images, 20, machine)
@@ -217,7 +217,7 @@ def test_a_folder_is_packed_settled_and_trained(folder, started, capsys):
     settings, shards, run, tracking = started[0]
     said = " ".join(capsys.readouterr().out.split())
     assert tracking.name == "owls" and run.endswith("runs/owls")
-    assert settings.cluster.clusters == 18 and settings.stage2.most_landmarks == 12
+    assert settings.cluster.clusters == 18 and settings.stage2.max_landmarks == 12
     assert "1.5 for each landmark" in said and "GB of memory" in said and "training images are few" in said
     assert json.loads((folder.parent / "runs" / "owls" / "shards" / "manifest.json").read_text())["corpus"] == "owls"
 

@@ -101,9 +101,9 @@ def test_a_gpu_is_never_passed_over_in_silence_and_auto_always_fits(found, worke
     if gpus and not placed.gpu:
         assert gpu is False and placed.warning
     if workers == "auto" and placed.gpu and gpus:
-        assert settled.resources.most_workers <= min(gpus, cpus / 0.9)
+        assert settled.resources.max_workers <= min(gpus, cpus / 0.9)
     if workers == "auto" and not placed.gpu:
-        assert settled.resources.most_workers <= min(cpus, 8)
+        assert settled.resources.max_workers <= min(cpus, 8)
     assert ("waits" in (placed.warning or "")) <= bool(joined and gpu)
 
 

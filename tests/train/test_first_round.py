@@ -50,8 +50,8 @@ def scenes(tmp_path_factory):
 
 def test_keypoints_beyond_the_object_box_are_dropped(scenes):
     for shard in scenes.train:
-        every, inside = first_keypoints(scenes.url, shard, RootSift(most=200), SIZE, background=True)
-        points, only = first_keypoints(scenes.url, shard, RootSift(most=200), SIZE)
+        every, inside = first_keypoints(scenes.url, shard, RootSift(max_num_keypoints=200), SIZE, background=True)
+        points, only = first_keypoints(scenes.url, shard, RootSift(max_num_keypoints=200), SIZE)
         assert only.all() and len(points.points) > 100 and in_object(points.points).all()
         np.testing.assert_array_equal(inside, in_object(every.points))
         # The context reaches half a box further on every side.
@@ -60,7 +60,7 @@ def test_keypoints_beyond_the_object_box_are_dropped(scenes):
 
 def test_background_removal_equals_the_slow_reference(scenes, tmp_path):
     keypoints = KeypointSettings(
-        most=200,
+        max_num_keypoints=200,
         outlier_share=0.1,  # a background that recurs in all images has the least lonely keypoints
         outlier_reference=100_000,
         outlier_neighbours=5,
@@ -73,7 +73,10 @@ def test_background_removal_equals_the_slow_reference(scenes, tmp_path):
     run = RunDirectory(str(tmp_path))
     make_first_round(settings, scenes, run, local_tools([], settings))
 
-    found = [first_keypoints(scenes.url, shard, RootSift(most=200), SIZE, background=True) for shard in scenes.train]
+    found = [
+        first_keypoints(scenes.url, shard, RootSift(max_num_keypoints=200), SIZE, background=True)
+        for shard in scenes.train
+    ]
     points = np.concatenate([own.points for own, _ in found])
     descriptors = np.concatenate([own.descriptors for own, _ in found]).astype(np.float64)
     inside = in_object(points)
@@ -103,7 +106,7 @@ def test_background_removal_takes_more_of_the_background_than_of_the_object(scen
     counts = []
     for remove in (False, True):
         keypoints = KeypointSettings(
-            most=200,
+            max_num_keypoints=200,
             outlier_share=0.0,
             outlier_reference=5_000,
             outlier_neighbours=5,
@@ -180,5 +183,5 @@ def test_a_first_round_of_superpoint(weights, tmp_path):
     )
     record = make_first_round(settings_with(keypoints), corpus, run, local_tools([]))
     assert run.centroids(0).shape == (8, 256)
-    assert record.figures["keypoints_per_image"] > 8
+    assert record.metrics["keypoints_per_image"] > 8
     assert not storage.exists(str(Path(run.round_url(0), "keypoints")))

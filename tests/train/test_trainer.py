@@ -67,10 +67,10 @@ def test_a_run_leaves_all_its_rounds_a_model_and_predictions(finished):
     records = RunDirectory(str(folder)).records()
     assert [r.kind for r in records] == ["keypoints"] + ["correspondence"] * 3 + ["merge"] * 2
     for record in records:
-        assert record.figures["labels_per_image"] > 0
-    assert "label_persistence" in records[2].figures
+        assert record.metrics["labels_per_image"] > 0
+    assert "label_persistence" in records[2].metrics
     model, known = load_model(str(folder / "model"))
-    assert 0 <= known.figures["visible_share"] <= 1
+    assert 0 <= known.metrics["visible_share"] <= 1
     assert len(known.clusters) == sum(records[-1].active) == model.landmark.out.out_channels
     shards = trainer.corpus.manifest.shards
     for shard in shards:
@@ -81,7 +81,7 @@ def test_a_run_leaves_all_its_rounds_a_model_and_predictions(finished):
     assert all(np.isfinite(line["loss"]) for line in steps)
     assert all(0 <= line["decay_share"] <= 1 and line["dead_scales"] == 0 and line["peak"] > 0 for line in steps)
     assert all(("loss_of_all_zero" in line) == (line["stage"] == 2) for line in steps)
-    assert all("labels_kept" in record.figures for record in records[2:4])
+    assert all("labels_kept" in record.metrics for record in records[2:4])
     assert not list(folder.rglob("*.tmp"))
 
 
@@ -176,7 +176,7 @@ def test_merged_channels_lose_their_activity_and_their_labels(finished):
         for image in range(len(labels)):
             _, clusters = labels.sample(image)
             assert len(set(clusters.tolist())) == len(clusters)
-    assert sum(last.population) == pytest.approx(last.figures["labels_per_image"] * 48)
+    assert sum(last.population) == pytest.approx(last.metrics["labels_per_image"] * 48)
 
 
 def test_too_few_descriptors_are_named(corpus, tmp_path):
@@ -240,7 +240,7 @@ def test_settings_that_contradict_each_other_are_refused():
 
 
 def test_only_the_steadiest_landmarks_are_kept_and_mirrored_images_are_trained_on(corpus, tmp_path):
-    two = SETTINGS.stage2.model_copy(update={"most_landmarks": 2, "flip_share": 0.5, "visible": 0.0})
+    two = SETTINGS.stage2.model_copy(update={"max_landmarks": 2, "flip_share": 0.5, "visible": 0.0})
     settings = SETTINGS.model_copy(update={"stage2": two})
     trainer = train_locally(corpus, str(tmp_path), local_tools([]), settings)
     run = RunDirectory(str(tmp_path))

@@ -84,7 +84,7 @@ def test_means_of_shares_are_not_the_mean_of_the_batch(stage: int) -> None:
     """What this is for: the uneven labels above do tell the two apart."""
     network, batch = network_of(stage), uneven_batch()
     shares = [losses_of(stage, network, share_of(batch, slice(n, n + 2))) for n in range(0, 8, 2)]
-    torch.stack([losses.scale * losses.figures()["loss"] / 4 for losses in shares]).sum().backward()
+    torch.stack([losses.scale * losses.metrics()["loss"] / 4 for losses in shares]).sum().backward()
     with pytest.raises(AssertionError):
         torch.testing.assert_close(gradients(network), of_workers(stage, 1), atol=1e-6, rtol=1e-2)
 

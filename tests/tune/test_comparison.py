@@ -55,7 +55,7 @@ def test_runs_are_found_by_experiment_name_id_and_sweep(store):
     [
         ("fish", [], "no experiment fish"),
         ("birds", ["k20", "k21", "k22"], "k21, k22"),
-        ("birds", ["new"], "no run with figures"),
+        ("birds", ["new"], "no run with metrics"),
     ],
 )
 def test_what_is_not_there_is_named(store, experiment, told, said):

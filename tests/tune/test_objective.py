@@ -43,7 +43,7 @@ def test_the_table_has_room_in_a_log_for_every_name_and_number(capsys):
     values = {"cluster.clusters": 15, "stage1.learning_rate": 0.0006698, "stage1.threshold": 0.1761}
     sweep = Sweep("runs/mine", TrainSettings(), "shards", [values], "label-free", Tracking("", "landmarks", "mine"))
     figures = {"model/landmarks": 15.0, "score/forward": 0.07508, "score/backward": 0.06719}
-    print_table(sweep, [TrialRecord(values=values, status="finished", step=1900, objective=59.02, figures=figures)])
+    print_table(sweep, [TrialRecord(values=values, status="finished", step=1900, objective=59.02, metrics=figures)])
     shown = capsys.readouterr().out
     assert "…" not in shown
     assert all(word in shown for word in ("learning_rate", "threshold", "backward", "0.0006698", "finished", "0.06719"))

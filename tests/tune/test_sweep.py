@@ -77,7 +77,7 @@ def test_a_lost_trial_goes_on_a_weak_one_is_stopped_a_wrong_one_ends_nothing(rec
     assert [record["status"] for record in records] == ["finished", "failed", "stopped", "failed"]
     assert [tuple(record["values"].values()) for record in records] == TRIALS
     assert records[0]["step"] == 60 and 0 < records[0]["objective"] <= 100
-    assert {"model/landmarks", "model/repeatability", "model/label_persistence"} <= records[0]["figures"].keys()
+    assert {"model/landmarks", "model/repeatability", "model/label_persistence"} <= records[0]["metrics"].keys()
     assert records[2]["step"] < 60 and "worst quarter" in records[2]["error"]
     assert all("descriptors" in records[number]["error"] for number in (1, 3))
 
