@@ -25,7 +25,7 @@ class Export(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: Annotated[str, tyro.conf.Positional]
-    """Run directory of jobs.train, or the model/ directory in it."""
+    """Run directory of `landmarks train`, or the model/ directory in it."""
     out: str
     """Directory or URL that is written to."""
     overwrite: bool = False

@@ -26,7 +26,7 @@ def run(config: Name) -> None:
     else:
         print("too few annotated images to hold some out and measure errors; with 7 or more a table is shown")
     print(f"{len(named.names)} named points learnt from {named.images} images: {file}")
-    print(f"python -m jobs.predict {config.model} IMAGES --out DIR gives them now too (DIR/named.json)")
+    print(f"landmarks predict {config.model} IMAGES --out DIR gives them now too (DIR/named.json)")
 
 
 COMMAND = Name

@@ -1,7 +1,7 @@
 """Finds landmarks on images, shards or a video.
 
 Writes DIR/predictions.json (COCO keypoints), DIR/predictions.csv, and DIR/pictures/ or DIR/video.mp4 with the landmarks
-drawn; after jobs.name also the named points, as DIR/named.json and DIR/named.csv.
+drawn; after `landmarks name` also the named points, as DIR/named.json and DIR/named.csv.
 """
 
 from collections.abc import Sequence

@@ -32,7 +32,7 @@ class TrainCommand(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     shards: str
-    """Directory or URL of the shards that jobs.pack wrote."""
+    """Directory or URL of the shards that `landmarks pack` wrote."""
     name: RunName
     """Name of the run; the same name goes on with the same run."""
     where: WithRuns = RunOptions()

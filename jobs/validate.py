@@ -1,7 +1,7 @@
 """Checks packed shards down to every image.
 
-Exits with 1 if anything is wrong, and names it. Damaged shards are rebuilt by the jobs.pack command that wrote the
-corpus, with --repair added.
+Exits with 1 if anything is wrong, and names it. Damaged shards are rebuilt by the `landmarks pack` command that wrote
+the corpus, with --repair added.
 """
 
 import sys
@@ -45,7 +45,7 @@ def run(config: Validate) -> bool:
     damaged = {problem.shard for problem in found if problem.shard is not None}
     print(f"{len(found)} problems; {len(damaged)} of {len(manifest.shards)} shards are damaged: {config.shards}")
     if damaged:
-        print("rebuild them by the jobs.pack command that wrote this corpus, with --repair added")
+        print("rebuild them by the `landmarks pack` command that wrote this corpus, with --repair added")
     return False
 
 

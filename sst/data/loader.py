@@ -188,7 +188,8 @@ class Undecodable:
         if self.seen >= UNDECODABLE_AFTER and self.failed > MAX_UNDECODABLE * self.seen:
             listed = "; ".join(list(self.reasons.values())[:5])
             raise ValueError(
-                f"{self.failed} of {self.seen} images can't be decoded ({listed}); look at the corpus by jobs.validate"
+                f"{self.failed} of {self.seen} images can't be decoded ({listed}); "
+                "look at the corpus by `landmarks validate`"
             )
         return decoded
 

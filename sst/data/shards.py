@@ -27,11 +27,11 @@ _BLOCK = 512  # tar files consist of blocks of this size and end with at least t
 
 
 def _pack_again(url: str) -> str:
-    return f"build the corpus again: python -m jobs.pack ... --out {url} --overwrite"
+    return f"build the corpus again: landmarks pack ... --out {url} --overwrite"
 
 
 def _remedy(url: str) -> str:
-    return f"rebuild what is damaged by the jobs.pack command that wrote it, with --repair: ... --out {url} --repair"
+    return f"rebuild what is damaged by the `landmarks pack` command that wrote it: ... --out {url} --repair"
 
 
 def _problems(error: ValidationError) -> str:

@@ -228,7 +228,7 @@ def save_names(url: str, named: NamedPoints) -> None:
 
 
 def load_names(url: str) -> NamedPoints | None:
-    """The named points of the model at `url`; None if jobs.name has not been used on it.
+    """The named points of the model at `url`; None if `landmarks name` has not been used on it.
 
     Raises:
         UserError: if names.json is damaged, or was learnt for other weights.
@@ -239,9 +239,11 @@ def load_names(url: str) -> NamedPoints | None:
     try:
         named = NamedPoints.model_validate(storage.read_json(path))
     except (ValidationError, ValueError) as error:
-        raise UserError(f"{path}: not named points ({type(error).__name__}); run jobs.name again") from error
+        raise UserError(f"{path}: not named points ({type(error).__name__}); run `landmarks name` again") from error
     if named.model != storage.read_json(storage.join(url, "model.json"))["weights"]:
-        raise UserError(f"{path}: learnt for another model than the one beside it; run jobs.name again, or remove it")
+        raise UserError(
+            f"{path}: learnt for another model than the one beside it; run `landmarks name` again, or remove it"
+        )
     return named
 
 
@@ -258,9 +260,9 @@ class Name(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: Annotated[str, tyro.conf.Positional]
-    """Run directory of jobs.train, or the model/ directory in it."""
+    """Run directory of `landmarks train`, or the model/ directory in it."""
     annotations: str
-    """COCO keypoints (.json), or CSV (file, x0, y0, x1, y1, ...); boxes in it are used as by jobs.pack."""
+    """COCO keypoints (.json), or CSV (file, x0, y0, x1, y1, ...); boxes in it are used as by `landmarks pack`."""
     images: str | None = None
     """Folder of the images; by default the one that the annotation file lies in."""
 

@@ -136,9 +136,11 @@ def find_model(url: str) -> str:
         if storage.exists(storage.join(place, "model.json")):
             return place
     if storage.exists(storage.join(url, "settings.json")):
-        raise UserError(f"{url}: training has not finished, so there is no model yet; run its jobs.train command again")
+        raise UserError(
+            f"{url}: training has not finished, so there is no model yet; run its `landmarks train` command again"
+        )
     what = "no landmark model in it" if storage.exists(url) else "no such directory"
-    raise UserError(f"{url}: {what}; give a run directory of jobs.train, or its model/ directory")
+    raise UserError(f"{url}: {what}; give a run directory of `landmarks train`, or its model/ directory")
 
 
 WHOLE = 0.8

@@ -195,7 +195,7 @@ def load_stage1(url: str) -> tuple[DetectorDescriptor, np.ndarray | None, Stage1
         data = storage.read_bytes(weights_url)
         arrays = storage.load_npz(storage.join(url, CENTROIDS)) if record.centroids is not None else {}
     except FileNotFoundError as error:
-        raise ValueError(f"{url} holds no network of stage 1; jobs.import_checkpoint writes one") from error
+        raise ValueError(f"{url} holds no network of stage 1; `landmarks import-checkpoint` writes one") from error
     except ValidationError as error:
         raise ValueError(f"{record_url}: not the record of a network of stage 1") from error
     if storage.sha256(data) != record.weights:

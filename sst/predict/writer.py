@@ -33,13 +33,13 @@ class Predict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: Annotated[str, tyro.conf.Positional]
-    """Run directory of jobs.train, or the model/ directory in it."""
+    """Run directory of `landmarks train`, or the model/ directory in it."""
     images: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Image files, folders and patterns; or one directory of shards; or one video file."""
     out: str
     """Directory or URL that the predictions are written to."""
     boxes: str | None = None
-    """CSV or COCO file with boxes of the objects, as for jobs.pack; without it images are seen whole."""
+    """CSV or COCO file with boxes of the objects, as for `landmarks pack`; without it images are seen whole."""
     visible: Annotated[float | None, Field(ge=0, le=1)] = None
     """Confidence from which a landmark counts as visible, instead of the model's own."""
     pictures: Annotated[int, Field(ge=0)] = 200

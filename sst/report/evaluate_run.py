@@ -166,7 +166,7 @@ def evaluate_run(config: Run) -> dict[str, tuple[float, Scores | None]]:
     try:
         _, model = load_model(run.model_url)
     except ValueError as error:
-        raise UserError(f"{error}; go on with the run by the jobs.train command that began it") from error
+        raise UserError(f"{error}; go on with the run by the `landmarks train` command that began it") from error
     annotated = AnnotatedImages.of(corpus)
     if annotated is None:
         raise UserError(f"{corpus.url} has no annotated training and test images, so nothing can be scored")

@@ -69,7 +69,7 @@ def load_model(url: str) -> tuple[LandmarkDetector, ModelRecord]:
         record = ModelRecord.model_validate(storage.read_json(record_url))
         data = storage.read_bytes(weights_url)
     except FileNotFoundError as error:
-        raise ValueError(f"{url} holds no landmark model; one is written at the end of jobs.train") from error
+        raise ValueError(f"{url} holds no landmark model; one is written at the end of `landmarks train`") from error
     except ValidationError as error:
         raise ValueError(f"{record_url}: not the record of a landmark model") from error
     if storage.sha256(data) != record.weights:

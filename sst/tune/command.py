@@ -28,7 +28,7 @@ class TuneCommand(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     shards: str
-    """Directory or URL of the shards that jobs.pack wrote."""
+    """Directory or URL of the shards that `landmarks pack` wrote."""
     name: RunName
     """Name of the sweep."""
     vary: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()

@@ -235,7 +235,7 @@ def conclude(sweep: Sweep, records: list[TrialRecord], tracker: Tracker) -> None
         storage.write_bytes(storage.join(sweep.url, "comparison.html"), page.encode())
         tracker.log_files({"comparison.html": page.encode()})
     except UserError as error:  # MLflow is gone; the trials are done all the same
-        logger.warning("no comparison was written (%s); jobs.compare %s writes it later", error, tracking.name)
+        logger.warning("no comparison was written (%s); `landmarks compare %s` writes it later", error, tracking.name)
     best = best_of(records)
     if best is None:
         return

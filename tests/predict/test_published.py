@@ -455,7 +455,7 @@ def test_job_with_a_file_as_place(saved, tmp_path, capsys):
 
 def test_damage_to_an_imported_stage_1_is_found(saved, tmp_path, capsys):
     out = tmp_path / "model"
-    with pytest.raises(ValueError, match="jobs.import_checkpoint"):
+    with pytest.raises(ValueError, match="landmarks import-checkpoint"):
         load_stage1(str(out))
     job(capsys, saved(1), "--out", out)
     data = bytearray((out / "model.safetensors").read_bytes())
