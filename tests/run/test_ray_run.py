@@ -112,6 +112,18 @@ def test_a_killed_driver_is_followed_by_the_same_command(undisturbed, folder, sh
     assert not list(run.rglob("*.tmp"))
 
 
+def test_a_run_that_is_unwell_saves_and_ends_with_a_code_of_its_own(folder, shards, capsys):
+    """Its detector is never as sure as it is asked to be."""
+    with pytest.raises(SystemExit) as ended:
+        train.main([*arguments(folder, shards, "unwell"), "--stage1.threshold", "0.999", "--stop-when-unwell"])
+    said, run = capsys.readouterr(), folder / "runs" / "unwell"
+    assert ended.value.code == 4
+    assert "the detector's highest point" in said.err and "without --stop-when-unwell goes on" in said.err
+    assert "warning: step 10 (warm-up): the detector's highest point" in said.out
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())][-1] == f"{10:010d}"
+    assert not (run / "model").exists() and not (run / "lock.json").exists()
+
+
 def test_fewer_descriptors_than_clusters(folder, shards, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main([*arguments(folder, shards, "few"), "--cluster.clusters", "30000"])

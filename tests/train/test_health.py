@@ -1,5 +1,7 @@
 """Runs that come to nothing are known at once, sound ones are left in peace."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -207,13 +209,13 @@ def test_a_run_whose_clusters_die_ends_after_a_checkpoint_and_goes_on_without_th
     sound, settings = local_tools(lines), SETTINGS.changed(stage1=SETTINGS.stage1.changed(min_labels=1))
 
     def dying(sample, asked) -> KMeansResult:
-        """All centroids but one far from any descriptor, as stale ones are after descriptors have turned."""
+        """All centroids but one far from any descriptor, as after descriptors have turned."""
         found = sound.fit(sample, asked)
         if len(RunDirectory(str(tmp_path)).records()) < 2:
             return found
         centroids = found.centroids.copy()
         centroids[1:] += 10
-        return KMeansResult(**(vars(found) | {"centroids": centroids}))
+        return replace(found, centroids=centroids)
 
     with pytest.raises(Unwell):
         train_locally(corpus, str(tmp_path), Tools(dying, log=lines.append), unwell(settings))
