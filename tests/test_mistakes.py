@@ -187,7 +187,11 @@ MISTAKES = [
     ("train", TRAIN + "{}/shards --stage1.roundz 3", "--stage1.rounds"),
     ("train", TRAIN + "{}/shards --stage1.rounds many", "many"),
     ("train", TRAIN + "{}/shards --stage1.rounds -1", "rounds Input should be greater than or equal to 0"),
-    ("train", TRAIN + "{}/shards --stage2.batch 1", "stage2.batch 1 must be at least 1 per worker, and there may be 2"),
+    (
+        "train",
+        TRAIN + "{}/shards --stage2.batch 1 --workers 2",
+        "stage2.batch 1 must be at least 1 per worker, and there may be 2",
+    ),
     ("train", TRAIN + "{}/shards --network.input-size 100", "input_size 100 must be a multiple of 4 * 2**depth = 32"),
     ("train", TRAIN + "{}/shards --network.width 60", "width 60 must be a multiple of 8 * groups = 64"),
     ("train", TRAIN + "{}/shards --stage1.warmup-iterations 0", "stage1.rounds needs stage1.warmup_iterations above 0"),

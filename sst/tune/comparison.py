@@ -89,7 +89,7 @@ def fetch_runs(uri: str, experiment: str, given: Sequence[str] = ()) -> list[Com
             runs, token = runs + list(page), page.token or ""
         chosen = [run for run in choose(runs, given) if run.data.metrics]
         if not chosen:
-            raise UserError(f"experiment {experiment} at {redact(uri)} has no run with figures")
+            raise UserError(f"experiment {experiment} at {redact(uri)} has no run with metrics")
         if len(chosen) > MAX_RUNS:
             raise UserError(f"{len(chosen)} runs are too many for one page; name at most {MAX_RUNS}, or sweeps")
         return [_compared(client, run) for run in chosen]
