@@ -210,7 +210,7 @@ MISTAKES = [
     ("evaluate", "run {}/none", "none is no run: it has no settings.json"),
     ("evaluate", "predictions {}/a_file --protocol mafl", "a_file"),
     ("evaluate", "predictions {}/none.npz --protocol mafl", "none.npz"),
-    ("predict", "{}/none {}/pics --out {}/out", "none: no such directory; give a run directory of jobs.train"),
+    ("predict", "{}/none {}/pics --out {}/out", "none: no such directory; give a run directory of `landmarks train`"),
     ("predict", "{}/pics {}/pics --out {}/out", "pics: no landmark model in it"),
     ("predict", "{}/unfinished {}/pics --out {}/out", "training has not finished, so there is no model yet"),
     ("predict", "{}/damaged {}/pics --out {}/out", "does not match the hash in model.json; copy both again"),
