@@ -148,7 +148,7 @@ def succeeds(main, arguments):
 
 def is_pattern(command: str) -> bool:
     """Whether a command shows a form rather than something that can be typed."""
-    bare_verb = r"^(python -m jobs\.\w+|landmarks [\w-]+( own)?)$"
+    bare_verb = r"^(python -m jobs\.\w+|landmarks \w[\w-]*( own)?)$"
     return re.search(rf"\b(PRESET|FILE|DIR|SOURCE)\b|s3://|\||{bare_verb}", command) is not None
 
 
