@@ -216,6 +216,18 @@ class Unwell:
         return {"kind": "health"} | said | {"ends": self.sign.ends}
 
 
+def without_cuml(reason: str) -> dict[str, Any]:
+    """A line of metrics that warns of k-means by torch beside a GPU that is there."""
+    return {
+        "kind": "health",
+        "sign": "k-means without cuML",
+        "text": f"k-means is computed by torch, since cuML cannot run beside a GPU that is there: {reason}.",
+        "advice": "Results agree up to rounding, large samples take longer. Remedy: pip install -c constraints.txt -e "
+        "'.[gpu]'; or take --cluster.backend torch, with which this is not said.",
+        "ends": False,
+    }
+
+
 @dataclass
 class Watch:
     """Looks at a run's lines of metrics, and tells of a sign once, when it has held for long enough."""
