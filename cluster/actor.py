@@ -26,8 +26,8 @@ POOL_ATTEMPTS = 4
 class KMeansActor:
     """Fits centroids on rows that it reads from the descriptor shards itself.
 
-    It keeps no state, so a restarted actor gives the same answer. Told to, it spreads the rows over further actors,
-    each with a GPU of its own where there are any.
+    It keeps no state, so a restarted actor gives the same answer. With several members it spreads the rows over
+    further actors, each with a GPU of its own where there are any.
     """
 
     def __init__(self, members: int = 1, member_gpus: float = 0) -> None:

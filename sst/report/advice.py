@@ -48,7 +48,7 @@ FEW_IMAGES = 250
 
 @dataclass(frozen=True, eq=False)
 class LandmarkFacts:
-    """Figures of each landmark over the images it was predicted on.
+    """Metrics of each landmark over the images it was predicted on.
 
     Attributes:
         visible: (K,) share of the images on which it is visible.

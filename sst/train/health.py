@@ -28,7 +28,7 @@ class Sign:
 
     Attributes:
         name: of the sign.
-        figure: of a line of metrics.
+        metric: of a line of metrics.
         limit: from which the metric is a sign.
         below: whether it is one below the limit, not above it.
         why: the reason for the limit.
@@ -187,7 +187,7 @@ SIGNS = (
 
 
 def signs(settings: TrainSettings) -> tuple[Sign, ...]:
-    """The signs with their limits for a run: what counts as a detection is told in its settings."""
+    """The signs with their limits for a run: what counts as a detection is in its settings."""
     threshold = settings.stage1.threshold
     return tuple(replace(sign, limit=threshold) if sign.name == "nothing detected" else sign for sign in SIGNS)
 

@@ -65,7 +65,7 @@ class TrialRecord(BaseModel):
     """How a trial ended, as SWEEP/trials/NNN/trial.json.
 
     Attributes:
-        values: what it was told, by setting.
+        values: by setting, what it was given.
         status: finished; stopped for being weak; failed.
         step: optimizer steps taken.
         objective: of the finished model; smaller is better.
@@ -127,7 +127,7 @@ class Sweep:
         return Tracking(self.tracking.uri, self.tracking.experiment, self.name(number), parent=self.url)
 
     def claim(self, resume: bool) -> None:
-        """Writes what the sweep was told, or checks that it was told the same before.
+        """Writes the sweep's settings, or checks that they are those it began with.
 
         Raises:
             UserError: if there is a sweep of that name and `resume` is not set, or it was begun otherwise.
