@@ -156,7 +156,7 @@ def is_pattern(command: str) -> bool:
 def test_commands_of_a_page_run(page, world, capsys):
     found = commands(page)
     if page == "docs/how-to.md":
-        run(".venv/bin/python -m jobs.train own --images MY_IMAGES --name mine")  # it speaks of a finished run
+        run(".venv/bin/landmarks train own --images MY_IMAGES --name mine")  # it speaks of a finished run
         shutil.rmtree("runs")
     for command in found:
         if page == "README.md" and "evaluate run runs/mine" in command:

@@ -198,7 +198,7 @@ def test_a_step_of_each_full_size_preset(preset):
             losses = stage1_losses(model, batch, settings.stage1_step(), generator)
         losses.total().backward()
         optimizer.step()
-        assert all(torch.isfinite(loss) and loss > 0 for loss in losses.metrics().values())
+        assert all(torch.isfinite(loss) and loss > 0 for loss in (part.mean() for part in losses.parts.values()))
         moved = [not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
         assert all(moved)
 
@@ -282,17 +282,11 @@ def test_a_whole_small_run_at_full_size(tmp_path):
     """Human3.6M's preset with fewer steps: round 0 with background removal, a round, a merging, the model."""
     write_scenes(str(tmp_path / "shards"), 40)
     published = PRESETS["human36m"][1]
-    settings = published.model_copy(
-        update={
-            "keypoints": published.keypoints.model_copy(update={"most": 200}),
-            "stage1": published.stage1.model_copy(
-                update={"warmup_iterations": 1, "rounds": 1, "round_iterations": 1, "pairs": 2}
-            ),
-            "stage2": published.stage2.model_copy(
-                update={"iterations": 2, "batch": 2, "merge_after": 1, "min_population": 10}
-            ),
-            "resources": published.resources.model_copy(update={"workers": "1"}),
-        }
+    settings = published.changed(
+        keypoints=published.keypoints.changed(max_num_keypoints=200),
+        stage1=published.stage1.changed(warmup_iterations=1, rounds=1, round_iterations=1, pairs=2),
+        stage2=published.stage2.changed(iterations=2, batch=2, merge_after=1, min_population=10),
+        resources=published.resources.changed(workers="1"),
     )
     lines: list[dict] = []
     trainer = train_locally(str(tmp_path / "shards"), str(tmp_path / "run"), local_tools(lines, settings), settings)

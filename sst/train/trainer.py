@@ -88,7 +88,7 @@ class Trainer:
             if self._unwell(record.line() if record.kind == "correspondence" else None):
                 raise Unwell
             if phase.stage == 2 and isinstance(self.learner.network, DetectorDescriptor):
-                self._start_stage2(len(record.active))
+                self._start_stage2(record)
             try:
                 self._train(index, done if index == first else 0, record)
             except torch.OutOfMemoryError as error:
@@ -208,17 +208,27 @@ class Trainer:
         if record.settings != self._settings_hash:
             raise ValueError(f"{self.run.checkpoints_url} belongs to other settings; take another --name for these")
         if record.stage == 2:
-            self._start_stage2(len(self.run.record(self.phases[record.phase].round).active))
+            self._start_stage2(self.run.record(self.phases[record.phase].round))
         self.learner.network.load_state_dict(tensors["model.safetensors"])
         self.learner.update.restore(tensors["optimizer.safetensors"])
         self.tools.log({"kind": "resume", "step": record.step})
         return record.phase, record.phase_step
 
-    def _start_stage2(self, landmarks: int) -> None:
-        """Puts the landmark head on what stage 1 has learnt."""
+    def _start_stage2(self, record: RoundRecord) -> None:
+        """Puts the landmark head on what stage 1 has learnt.
+
+        Raises:
+            ValueError: if no cluster has labels enough to become a landmark.
+        """
+        if not any(record.active):
+            raise ValueError(
+                f"no cluster has more than {self.settings.stage2.min_population} labels (the largest has "
+                f"{max(record.population)}), so there is nothing to learn landmarks from; lower "
+                "--stage2.min-population, or take fewer clusters (--cluster.clusters) or more images"
+            )
         torch.manual_seed(derived_seed(self.settings.seed, WEIGHT_SEED, 2))
         learnt = cast(DetectorDescriptor, self.learner.network).cpu()
-        self._begin_stage(LandmarkDetector.from_stage1(learnt, landmarks))
+        self._begin_stage(LandmarkDetector.from_stage1(learnt, len(record.active)))
 
     def _begin_stage(self, network: DetectorDescriptor | LandmarkDetector) -> None:
         """Puts a stage's network on the device, with its optimizer."""

@@ -258,7 +258,7 @@ def test_celeba_with_published_boxes_and_68_points(tmp_path: Path) -> None:
     stored = packed("celeba", celeba_tree(tmp_path / "celeba"), "--annotations", table)
     manifest = Manifest.load(str(tmp_path / "out"))
     assert (manifest.protocol, manifest.landmarks) == ("mafl", 68)
-    assert PROTOCOLS["mafl"].least_points <= 68
+    assert PROTOCOLS["mafl"].min_points <= 68
     assert {n for n, s in stored.items() if s.meta.points} == set(map(name_of, (1, 3, 4, 11, 13)))
     for number in (1, 4):
         meta, (x0, y0, x1, y1) = stored[name_of(number)].meta, boxes[number]

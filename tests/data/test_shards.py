@@ -122,7 +122,7 @@ def test_unusable_manifests_are_named_with_a_remedy(tmp_path: Path, content: str
         (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(ValueError, match=words) as caught:
         Manifest.load(str(tmp_path))
-    assert str(tmp_path) in str(caught.value) and "python -m jobs.pack" in str(caught.value)
+    assert str(tmp_path) in str(caught.value) and "landmarks pack" in str(caught.value)
 
 
 def test_no_directory_and_a_file_instead(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_cut_or_a_flipped_bit_never_passes(tmp_path_factory: pytest.TempPathFa
         place = data.draw(st.integers(0, len(whole) - 1))
         damaged = whole[:place] + bytes([whole[place] ^ (1 << data.draw(st.integers(0, 7)))]) + whole[place + 1 :]
     path.write_bytes(damaged)
-    with pytest.raises(ValueError, match=r"shard-00000\.tar.*jobs\.pack"):
+    with pytest.raises(ValueError, match=r"shard-00000\.tar.*landmarks pack"):
         next(read_shard(f"{url}/{shard.file}", shard.sha256))
 
 

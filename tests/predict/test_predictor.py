@@ -160,7 +160,7 @@ def test_a_video_becomes_a_video_with_as_many_frames(model_url, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nowhere", "IMAGES"], "nowhere: no such directory; give a run directory of jobs.train"),
+        (["nowhere", "IMAGES"], "nowhere: no such directory; give a run directory of `landmarks train`"),
         (["MODEL", "nothing"], "nothing: no such file or folder"),
         (["MODEL", "IMAGES/*.gif"], "no image matches this pattern"),
         (["MODEL", "IMAGES/cut.jpg"], "none of 1 images is readable: cut.jpg: unreadable"),

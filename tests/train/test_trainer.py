@@ -352,3 +352,9 @@ def test_workers_with_unequal_shares_of_a_batch_give_its_mean(values, world):
     assert sum(shares) == size and max(shares) - min(shares) <= 1
     means = [np.mean(values[rank::world]) * (share * world / size) for rank, share in enumerate(shares)]
     assert np.mean(means) == pytest.approx(np.mean(values), abs=1e-9)
+
+
+def test_a_run_without_a_cluster_of_enough_labels_says_so_before_stage_2(corpus, tmp_path):
+    settings = SETTINGS.changed(stage2=SETTINGS.stage2.changed(min_population=100_000))
+    with pytest.raises(ValueError, match="no cluster has more than 100000 labels .* --stage2.min-population"):
+        train_locally(corpus, str(tmp_path), local_tools([]), settings)

@@ -9,7 +9,7 @@ from sst.errors import UserError
 from sst.presets import PRESETS
 from sst.tune.search_space import default_space, draw_trials, parse_space, read_space, with_values
 
-SETTINGS = PRESETS["faces-cpu"][1]
+SETTINGS = PRESETS["faces-cpu"][1].with_workers("2")
 
 
 def trials(space: dict, count: int, seed: int = 0) -> list[dict]:
