@@ -32,7 +32,7 @@ def metrics_of(sweep: Path) -> dict[str, dict[str, float]]:
         clusters = json.loads((path.parent / "settings.json").read_text())["settings"]["cluster"]["clusters"]
         rounds = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
         each = [line for line in rounds if line.get("made_by") == "correspondence"]
-        metrics = dict(record["figures"])
+        metrics = dict(record["metrics"])
         for number, line in enumerate(each, 1):
             for name in ("equivariance_error", "label_persistence", "labels_per_image"):
                 if name in line:

@@ -1,6 +1,6 @@
 """What does a round take, by its parts? `python -m benchmarks.round RUN...`, with directories of runs of jobs.train.
 
-From the times that a run itself notes: training steps, waiting for data, extraction, k-means, assignment, the figures,
+From the times that a run itself notes: training steps, waiting for data, extraction, k-means, assignment, the metrics,
 and what is left (starting the stream of images, checkpoints). The first round, before which all is loaded for the first
 time, does not count. `--iterations` says what the shares would be with a round of so many steps.
 """
@@ -14,7 +14,7 @@ import tyro
 
 from benchmarks.common import machine, print_table, summed_up
 
-CORRESPONDENCE = ("extract", "kmeans", "assign", "figures")
+CORRESPONDENCE = ("extract", "kmeans", "assign", "metrics")
 """Parts of the correspondence phase, as `sst.train.run_directory.RoundRecord.seconds` names them."""
 
 

@@ -26,8 +26,8 @@ POOL_ATTEMPTS = 4
 class KMeansActor:
     """Fits centroids on rows that it reads from the descriptor shards itself.
 
-    It keeps no state, so a restarted actor gives the same answer. Told to, it spreads the rows over further actors,
-    each with a GPU of its own where there are any.
+    It keeps no state, so a restarted actor gives the same answer. With several members it spreads the rows over
+    further actors, each with a GPU of its own where there are any.
     """
 
     def __init__(self, members: int = 1, member_gpus: float = 0) -> None:
@@ -43,8 +43,18 @@ class KMeansActor:
         import ray
 
         # This actor has no GPU then: a member must tell.
-        task: Any = ray.remote(choose_backend)
-        return str(ray.get(task.options(num_gpus=self._member_gpus, num_cpus=0).remote(requested, several=True)))
+        task: Any = ray.remote(_choose_for_pool)
+        chosen, reason = ray.get(task.options(num_gpus=self._member_gpus, num_cpus=0).remote(requested))
+        if reason:
+            give_up(reason)
+        return str(chosen)
+
+    def given_up(self) -> str | None:
+        """For what reason torch computes beside a GPU that is there; None where it does not.
+
+        The actor's own log is seen by nobody, so whoever started it asks.
+        """
+        return given_up()
 
     def fit(self, sample: Sequence[tuple[str, np.ndarray]], settings: KMeansSettings) -> KMeansResult:
         """Reads the sample, given as (descriptor shard, row indices) pairs, and clusters it.
@@ -82,6 +92,10 @@ class KMeansActor:
                         give_up(str(error))  # the next attempt takes torch
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _choose_for_pool(requested: Backend) -> tuple[str, str | None]:
+    return choose_backend(requested, several=True), given_up()
 
 
 def _call_all(members: Sequence[Any], method: str, given: Sequence[tuple[Any, ...]]) -> list[Any]:

@@ -114,18 +114,10 @@ def correspond(
     pairs = zip(shards, rows, strict=True)
     kmeans = fit([(shard_url(descriptors, shard), chosen) for shard, chosen in pairs])
     if previous:
+        given = previous.thresholds, kmeans.centroids, SAME_PLACE
         shared = run_on_shards(
             shared_labels_task,
-            [
-                (
-                    shard_url(descriptors, s),
-                    labels_url(previous.round_url, s),
-                    previous.thresholds,
-                    kmeans.centroids,
-                    SAME_PLACE,
-                )
-                for s in shards
-            ],
+            [(shard_url(descriptors, s), labels_url(previous.round_url, s), *given) for s in shards],
         )
         kmeans = kmeans.renumbered(match_clusters(reduce(add, shared)))
     fitted = time.monotonic()

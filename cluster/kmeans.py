@@ -21,7 +21,7 @@ CumlFit = Callable[[np.ndarray, np.ndarray, float, int, float], tuple[np.ndarray
 
 @dataclass(frozen=True)
 class KMeansSettings:
-    """What a fit is told, besides its rows.
+    """What a fit needs to know, besides its rows.
 
     Attributes:
         clusters: K.

@@ -59,9 +59,9 @@ def give_up(reason: str) -> None:
         _given_up.append(reason)
 
 
-def given_up() -> bool:
-    """Whether `give_up` was called in this process."""
-    return bool(_given_up)
+def given_up() -> str | None:
+    """For what reason this process takes torch beside a GPU that is there; None where it does not."""
+    return _given_up[0] if _given_up else None
 
 
 def gpu_here() -> bool:

@@ -93,13 +93,13 @@ def swap(
     chosen_K, distance_KN = chosen_K.clone(), _squared(x_ND, square_N, chosen_K)
     for marks_T in marks:
         first_N = distance_KN.amin(dim=0)  # arg min and top k are five and fifty times as slow on a CPU
-        own_KN = distance_KN == first_N  # of equally near ones each, which overrates what giving one up costs
-        second_N = distance_KN.masked_fill(own_KN, torch.inf).amin(dim=0)
+        nearest_KN = distance_KN == first_N  # of equally near ones each, which overrates what giving one up costs
+        second_N = distance_KN.masked_fill(nearest_KN, torch.inf).amin(dim=0)
         drawn_T = _draw(first_N, marks_T)
         drawn_TN = _squared(x_ND, square_N, drawn_T)
         kept_TN = torch.minimum(first_N, drawn_TN)  # to the nearest if none is given up
         lost_TN = torch.minimum(second_N, drawn_TN) - kept_TN  # and what is added if its nearest is
-        lost_KT = own_KN.to(lost_TN.dtype) @ lost_TN.T
+        lost_KT = nearest_KN.to(lost_TN.dtype) @ lost_TN.T
         total_KT = lost_KT.double() + kept_TN.sum(dim=1, dtype=torch.float64)
         best = total_KT.flatten().argmin(keepdim=True)
         out, into = best // candidates, best % candidates

@@ -1,4 +1,4 @@
-"""Everything a run can be told, in one typed tree, and the presets.
+"""All settings of a run, in one typed tree.
 
 Every model is frozen and refuses unknown keys. Defaults are the published values (Mallis et al. 2020, section 4
 and supplementary material; CelebA); a preset states only what differs.
@@ -123,7 +123,7 @@ class ClusterSettings(Settings):
     """Carry cluster numbers over from round to round, by matching clusters on the labels that they share."""
 
     def kmeans(self, seed: int) -> KMeansSettings:
-        """What a fit is told."""
+        """Settings of a fit."""
         return KMeansSettings(self.clusters, self.iterations, seed=seed, backend=self.backend)
 
 
@@ -261,7 +261,7 @@ it was, it goes on bit for bit; with another number of workers the images come i
 
 
 class TrainSettings(Settings):
-    """One run: method and resources. Where it lies and what it reads is told beside it."""
+    """One run: method and resources. Where it lies and what it reads is given beside it."""
 
     seed: Count = 0
     """All randomness of the run derives from it."""

@@ -7,18 +7,21 @@ from functools import partial
 
 import pytest
 
-from benchmarks import fullsize, gpu
+from benchmarks import fullsize, gpu, objective
 from benchmarks.checks import DidNotHold, NotRunHere, checked, isolated, job, report
 from benchmarks.fullsize import Scale, schedule, train_words
 from benchmarks.round import rounds_of
+from cluster import storage
 from cluster.actor import read_sample
 from cluster.kmeans import fit
 from jobs import train
-from sst.data.corpus import open_corpus
+from sst.data.corpus import Corpus, open_corpus
+from sst.data.shards import Manifest
 from sst.run.claim import claim
 from sst.run.metrics import MetricsFile
 from sst.train.run_directory import RunDirectory
 from sst.train.tools import Tools
+from sst.tune.sweep import TrialRecord
 from tests.small import SETTINGS, train_locally, write_toy
 
 
@@ -38,6 +41,16 @@ def test_the_parts_of_a_round_are_those_that_the_run_notes(tmp_path):
         assert all(seconds >= 0 for name, seconds in parts.items() if name != "rest") and each["training"] > 0
         # What is noted is rounded to tenths of a second, and short; it covers a round all the same.
         assert -0.5 < each["rest"] < 0.5 * each["all"] + 0.5
+
+
+def test_what_a_sweep_notes_of_its_trials_can_be_ranked(tmp_path):
+    run = tmp_path / "trials" / "000"
+    claim(RunDirectory(str(run)), SETTINGS, Corpus("", Manifest(corpus="toy", shards=()), ""))
+    record = TrialRecord(values={}, status="finished", metrics={"model/repeatability": 0.5})
+    storage.write_json(str(run / "trial.json"), record.model_dump(mode="json"))
+    MetricsFile(str(run)).write({"kind": "round", "round": 1, "made_by": "correspondence", "equivariance_error": 2.0})
+    found = objective.metrics_of(tmp_path)["000"]
+    assert found["model/repeatability"] == 0.5 and found["round 1/equivariance_error"] == 2.0
 
 
 def raising(error: Exception):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cluster import storage
-from sst.data.shards import Manifest, ShardInfo
+from sst.data.shards import MANIFEST, Manifest, ShardInfo
 from sst.errors import UserError
 
 
@@ -24,7 +24,7 @@ class Corpus:
         """
         manifest = Manifest.load(url)
         manifest.check(url)
-        return cls(url, manifest, storage.sha256(storage.read_bytes(storage.join(url, "manifest.json"))))
+        return cls(url, manifest, storage.sha256(storage.read_bytes(storage.join(url, MANIFEST))))
 
     @property
     def train(self) -> list[ShardInfo]:

@@ -215,7 +215,7 @@ def stage2_losses(
         partner_K: partner of every cluster in mirrored images; some images are then mirrored (beyond the paper).
 
     Returns:
-        "loss" to minimise, and what `landmark_levels` gives; scalars.
+        The loss, and beside it what `landmark_levels` gives.
     """
     to_view, points, cluster = batch.to_view, batch.points, batch.cluster
     if partner_K is not None:
@@ -239,7 +239,7 @@ def stage2_losses(
 def keypoint_maps(
     model: nn.Module, batch: Batch, input_size: int, precision: Precision, warp_B33: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Detector heatmap (B, 1, H, W) and raw descriptors (B, D, H, W), float32, of the views, warped if told so."""
+    """Detector heatmap (B, 1, H, W) and raw descriptors (B, D, H, W), float32, of the views, perhaps warped."""
     to_view = batch.to_view if warp_B33 is None else warp_B33 @ batch.to_view
     with autocast(batch.images.device, precision):
         heat, desc = model(warp_images(batch.images, to_view, input_size))

@@ -24,6 +24,7 @@ from sst.predict.predictor import Found, in_image, in_view, open_model, predict
 from sst.predict.shape import VIEW, _map_back, affine_maps, lay_on, left_over, mean_shape
 from sst.predict.sources import Box, Target
 from sst.progress import with_progress
+from sst.train.model import record_url
 
 MIN_FOR_REGRESSION = 5
 """With fewer images a named point only follows the affine map."""
@@ -240,7 +241,7 @@ def load_names(url: str) -> NamedPoints | None:
         named = NamedPoints.model_validate(storage.read_json(path))
     except (ValidationError, ValueError) as error:
         raise UserError(f"{path}: not named points ({type(error).__name__}); run `landmarks name` again") from error
-    if named.model != storage.read_json(storage.join(url, "model.json"))["weights"]:
+    if named.model != storage.read_json(record_url(url))["weights"]:
         raise UserError(
             f"{path}: learnt for another model than the one beside it; run `landmarks name` again, or remove it"
         )

@@ -21,7 +21,8 @@ from sst.nn.geometry import STRIDE
 from sst.nn.network import LandmarkDetector
 from sst.nn.suppression import decode_landmarks
 from sst.predict.sources import Box, Target, as_box
-from sst.train.model import ModelRecord, load_model
+from sst.train.model import ModelRecord, load_model, record_url
+from sst.train.run_directory import RunDirectory
 
 BATCH = 32
 """Objects per forward pass; their pictures wait in memory meanwhile."""
@@ -132,10 +133,10 @@ def find_model(url: str) -> str:
     Raises:
         UserError: if neither is there.
     """
-    for place in (url, storage.join(url, "model")):
-        if storage.exists(storage.join(place, "model.json")):
+    for place in (url, RunDirectory(url).model_url):
+        if storage.exists(record_url(place)):
             return place
-    if storage.exists(storage.join(url, "settings.json")):
+    if storage.exists(RunDirectory(url).settings_url):
         raise UserError(
             f"{url}: training has not finished, so there is no model yet; run its `landmarks train` command again"
         )

@@ -48,7 +48,7 @@ FEW_IMAGES = 250
 
 @dataclass(frozen=True, eq=False)
 class LandmarkFacts:
-    """Figures of each landmark over the images it was predicted on.
+    """Metrics of each landmark over the images it was predicted on.
 
     Attributes:
         visible: (K,) share of the images on which it is visible.
@@ -156,25 +156,42 @@ def warnings_of(
         wanted: how many landmarks were asked for.
         images: training images.
     """
-    found: list[Warned] = []
-    landmarks = len(facts.visible)
     if not (facts.visible > 0).any():
-        found.append(
+        return [
             Warned(
                 "No landmark is visible on any image.",
                 "The network never became confident: train longer (stage2.iterations), or look at the first "
                 "keypoints in the second picture: if they miss the object, give boxes around it.",
             )
-        )
-        return found
-    if wanted is not None and landmarks < wanted:
+        ]
+    found = [] if wanted is None else _of_number(len(facts.visible), wanted)
+    found += [*_of_rounds(rounds), *_of_places(facts), *_of_certainty(facts)]
+    if images < FEW_IMAGES:
         found.append(
             Warned(
-                f"{landmarks} landmarks came out where {wanted} were wanted.",
-                "Begin with more clusters (cluster.clusters), keep smaller ones (stage2.min_population), or give "
-                "more images.",
+                f"{images} training images are few.",
+                "More images are the surest way to steadier landmarks.",
             )
         )
+    return found
+
+
+def _of_number(landmarks: int, wanted: int) -> list[Warned]:
+    """Warns of fewer landmarks than were wanted."""
+    if landmarks >= wanted:
+        return []
+    return [
+        Warned(
+            f"{landmarks} landmarks came out where {wanted} were wanted.",
+            "Begin with more clusters (cluster.clusters), keep smaller ones (stage2.min_population), or give "
+            "more images.",
+        )
+    ]
+
+
+def _of_rounds(rounds: Sequence[Mapping[str, Any]]) -> list[Warned]:
+    """Warns of labels that grew fewer or did not settle in stage 1."""
+    found = []
     labels = [entry["labels_per_image"] for entry in rounds if entry["made_by"] != "merge"]
     if len(labels) > 1 and labels[-1] < LABELS_FELL * labels[0]:
         found.append(
@@ -191,6 +208,12 @@ def warnings_of(
                 "Labels had not settled: more rounds (stage1.rounds) or longer ones should help.",
             )
         )
+    return found
+
+
+def _of_places(facts: LandmarkFacts) -> list[Warned]:
+    """Warns of landmarks that are not at a place of their own: loose ones, swapped ones, twins."""
+    found = []
     if loose := np.flatnonzero((facts.looseness > LOOSE) & (facts.visible > 0)).tolist():
         outside = 100 * facts.outside[loose].mean()
         found.append(
@@ -226,6 +249,12 @@ def warnings_of(
                 tuple(dict.fromkeys(k for pair in facts.twins for k in pair)),
             )
         )
+    return found
+
+
+def _of_certainty(facts: LandmarkFacts) -> list[Warned]:
+    """Warns of landmarks that are not found again, or hardly ever seen."""
+    found = []
     if unsure := np.flatnonzero((facts.visible > 0) & (facts.repeats < REPEATS)).tolist():
         found.append(
             Warned(
@@ -241,13 +270,6 @@ def warnings_of(
                 "Either their part is often hidden, or the network has learnt it poorly: a longer stage 2 may bring "
                 "them; fewer clusters would do without them.",
                 tuple(rare),
-            )
-        )
-    if images < FEW_IMAGES:
-        found.append(
-            Warned(
-                f"{images} training images are few.",
-                "More images are the surest way to steadier landmarks.",
             )
         )
     return found

@@ -74,7 +74,7 @@ def finish_run(
         facts=facts,
         warnings=[*unwell, *warnings_of(facts, rounds, given, images)],
     )
-    pictures = {f"figures/{metric.name}.png": metric.png for metric in drawn}
+    pictures = {f"figures/{figure.name}.png": figure.png for figure in drawn}
     return Outcome(run, scores, len(model.clusters), report, metrics, pictures)
 
 

@@ -51,7 +51,7 @@ class Card:
         visible: share of the images on which it is visible.
         loose: how far it lies off its typical place, as a share of the view.
         warned: whether a warning names it.
-        text: its figures as a sentence.
+        text: its metrics as a sentence.
     """
 
     number: int
@@ -98,7 +98,7 @@ MEANINGS = {
     "for this one, in the median. Landmarks on firm parts have 1 to 2 %; on outlines and in the background more.",
     "left/right partner": "The landmark that takes this one's place in the mirrored image.",
 }
-"""Each figure of the page in a sentence."""
+"""Each metric of the page in a sentence."""
 
 
 def short(value: Any) -> str:
@@ -123,9 +123,9 @@ def write_report(
     Args:
         run: directory that the page is written to.
         title: heading.
-        summary: name and value of the figures shown first.
+        summary: name and value of the metrics shown first.
         figures: pictures in their order.
-        rounds: a row of figures per round; rows may lack some.
+        rounds: a row of metrics per round; rows may lack some.
         settings: shown as JSON.
         facts: of the landmarks whose galleries are among the pictures.
         warnings: what to look at.

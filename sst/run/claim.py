@@ -12,7 +12,7 @@ from sst.train.run_directory import RunDirectory
 
 
 def claim(run: RunDirectory, settings: TrainSettings, corpus: Corpus) -> bool:
-    """Writes what the run was told, or checks that it was told the same before.
+    """Writes the run's settings, or checks that they are those it began with.
 
     Returns:
         Whether the run is new.

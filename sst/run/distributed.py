@@ -23,6 +23,7 @@ from sst.errors import RunFailedError, Stopped, UnwellError, UserError
 from sst.run.interrupt import StopFlag, run_stoppably
 from sst.run.metrics import MetricsReader
 from sst.run.placement import Machine
+from sst.train.health import without_cuml
 from sst.train.run_directory import RunDirectory
 from sst.train.tools import Tools
 
@@ -109,10 +110,14 @@ def ray_tools(
     import ray
 
     def fit(sample: Sample, asked: KMeansSettings) -> KMeansResult:
+        before = ray.get(actor.given_up.remote())
         try:
             result: KMeansResult = ray.get(actor.fit.remote(list(sample), asked))
         except ray.exceptions.RayTaskError as error:
             raise error.as_instanceof_cause() from None
+        reason = ray.get(actor.given_up.remote())
+        if reason and not before:
+            log(without_cuml(reason))
         return result
 
     def progress(done: int, total: int) -> None:
@@ -154,8 +159,8 @@ def beside_workers(actor: Any, settings: TrainSettings, gpu: bool) -> Any:
     return start_kmeans(settings, gpu)
 
 
-def kmeans_backend(actor: Any, settings: TrainSettings) -> str:
-    """What runs k-means: "cuml" or "torch".
+def kmeans_backend(actor: Any, settings: TrainSettings, log: Callable[[dict[str, Any]], None]) -> str:
+    """What runs k-means: "cuml" or "torch"; why the latter beside a GPU is a line of metrics.
 
     Raises:
         UserError: if cuml is asked for where it cannot run.
@@ -163,9 +168,12 @@ def kmeans_backend(actor: Any, settings: TrainSettings) -> str:
     import ray
 
     try:
-        return str(ray.get(actor.backend.remote(settings.cluster.backend)))
+        backend = str(ray.get(actor.backend.remote(settings.cluster.backend)))
     except ray.exceptions.RayTaskError as error:
         raise UserError(str(error.cause)) from None
+    if reason := ray.get(actor.given_up.remote()):
+        log(without_cuml(reason))
+    return backend
 
 
 def train_on_workers(settings: TrainSettings, corpus_url: str, run_url: str, actor: Any, gpu: bool) -> None:

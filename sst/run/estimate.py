@@ -182,6 +182,7 @@ def measure(settings: TrainSettings, machine: Machine, workers: int, corpus: Cor
         one = stage_seconds(settings, device, compiles, workers, corpus, stage=1)
         two = stage_seconds(settings, device, compiles, workers, corpus, stage=2)
     memory = torch.cuda.max_memory_allocated() / 1e9 if machine.gpus else WORKER_GB * workers + REST_GB
+    torch.cuda.empty_cache()  # this process lives as long as the run, and would keep what the workers need
     return Speed(
         stage1=shared * one[0],
         stage2=shared * two[0],

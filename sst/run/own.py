@@ -183,7 +183,7 @@ def train_own(command: OwnCommand) -> Outcome:
     given |= {"images": str(Path(command.images).resolve())}
     if storage.exists(given_url) and (changed := differences(storage.read_json(given_url)["given"], given)):
         raise UserError(f"{run_url} is a run that was begun otherwise ({'; '.join(changed)}); take another --name")
-    shards = storage.join(run_url, "shards")
+    shards = RunDirectory(run_url).shards_url
     if not storage.exists(storage.join(shards, MANIFEST)):
         items = folder.items(command.images, command.annotations)
         choose(sum(item.split == "train" for item in items), command.landmarks, this_machine())  # before any work

@@ -103,8 +103,8 @@ def tracked_run(
                 show.say(f"warning: {placed.warning}")
             check_nodes()
             actor = start_kmeans(settings, gpu, alone=True)
-            show.say(describe(corpus, placed, kmeans_backend(actor, settings)))
             metrics = MetricsFile(run.url)
+            show.say(describe(corpus, placed, kmeans_backend(actor, settings, metrics.write)))
             try:
                 tools = ray_tools(settings, actor, metrics.write, "keypoints")
                 if keypoints is not None:

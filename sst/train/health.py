@@ -28,7 +28,7 @@ class Sign:
 
     Attributes:
         name: of the sign.
-        figure: of a line of metrics.
+        metric: of a line of metrics.
         limit: from which the metric is a sign.
         below: whether it is one below the limit, not above it.
         why: the reason for the limit.
@@ -187,7 +187,7 @@ SIGNS = (
 
 
 def signs(settings: TrainSettings) -> tuple[Sign, ...]:
-    """The signs with their limits for a run: what counts as a detection is told in its settings."""
+    """The signs with their limits for a run: what counts as a detection is in its settings."""
     threshold = settings.stage1.threshold
     return tuple(replace(sign, limit=threshold) if sign.name == "nothing detected" else sign for sign in SIGNS)
 
@@ -214,6 +214,18 @@ class Unwell:
         """As a line of metrics."""
         said = {"sign": self.sign.name, "value": self.value, "text": self.text, "advice": self.advice}
         return {"kind": "health"} | said | {"ends": self.sign.ends}
+
+
+def without_cuml(reason: str) -> dict[str, Any]:
+    """A line of metrics that warns of k-means by torch beside a GPU that is there."""
+    return {
+        "kind": "health",
+        "sign": "k-means without cuML",
+        "text": f"k-means is computed by torch, since cuML cannot run beside a GPU that is there: {reason}.",
+        "advice": "Results agree up to rounding, large samples take longer. Remedy: pip install -c constraints.txt -e "
+        "'.[gpu]'; or take --cluster.backend torch, with which this is not said.",
+        "ends": False,
+    }
 
 
 @dataclass

@@ -52,7 +52,7 @@ class Skips:
             if self.in_a_row >= SKIP_LIMIT:
                 raise FloatingPointError(
                     f"{self.in_a_row} steps in a row up to step {step} had no finite gradient; the samples of the "
-                    f"last one are in {self.run.url}/metrics.jsonl; lower the learning rate or take "
+                    f"last one are in {self.run.metrics_url}; lower the learning rate or take "
                     "--resources.precision float32"
                 )
 

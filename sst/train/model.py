@@ -20,7 +20,7 @@ class ModelRecord(BaseModel):
         clusters: cluster number behind each of the model's landmarks.
         visible: confidence from which a landmark counts as visible.
         weights: sha256 of `model.safetensors`.
-        metrics: label-free metrics of the finished model, see `sst.train.trainer.Trainer.finish`.
+        metrics: label-free metrics of the finished model, see `sst.train.finish.Finisher`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,6 +31,16 @@ class ModelRecord(BaseModel):
     visible: float
     weights: str
     metrics: dict[str, float] = {}
+
+
+def record_url(url: str) -> str:
+    """Where the record of the model in a directory lies; it is written last."""
+    return storage.join(url, "model.json")
+
+
+def weights_url(url: str) -> str:
+    """Where the weights of the model in a directory lie."""
+    return storage.join(url, "model.safetensors")
 
 
 def keep_landmarks(model: LandmarkDetector, channels: list[int]) -> LandmarkDetector:
@@ -53,8 +63,8 @@ def save_model(url: str, model: LandmarkDetector, **fields: Any) -> ModelRecord:
     """
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
     record = ModelRecord(weights=storage.sha256(data), **fields)
-    storage.write_bytes(storage.join(url, "model.safetensors"), data)
-    storage.write_json(storage.join(url, "model.json"), record.model_dump())
+    storage.write_bytes(weights_url(url), data)
+    storage.write_json(record_url(url), record.model_dump())
     return record
 
 
@@ -64,20 +74,19 @@ def load_model(url: str) -> tuple[LandmarkDetector, ModelRecord]:
     Raises:
         ValueError: if it is not there or damaged; the message names the file.
     """
-    record_url, weights_url = storage.join(url, "model.json"), storage.join(url, "model.safetensors")
     try:
-        record = ModelRecord.model_validate(storage.read_json(record_url))
-        data = storage.read_bytes(weights_url)
+        record = ModelRecord.model_validate(storage.read_json(record_url(url)))
+        data = storage.read_bytes(weights_url(url))
     except FileNotFoundError as error:
         raise ValueError(f"{url} holds no landmark model; one is written at the end of `landmarks train`") from error
     except ValidationError as error:
-        raise ValueError(f"{record_url}: not the record of a landmark model") from error
+        raise ValueError(f"{record_url(url)}: not the record of a landmark model") from error
     if storage.sha256(data) != record.weights:
-        raise ValueError(f"{weights_url} does not match the hash in model.json; copy both again")
+        raise ValueError(f"{weights_url(url)} does not match the hash in model.json; copy both again")
     model = LandmarkDetector(record.network.shape, len(record.clusters))
     try:
         model.load_state_dict(load(data))
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{weights_url}: not the weights of the network in model.json ({reason})") from error
+        raise ValueError(f"{weights_url(url)}: not the weights of the network in model.json ({reason})") from error
     return model.eval(), record

@@ -1,8 +1,7 @@
 """Between two phases: the next round's labels, by correspondence (stage 1) or by merging (stage 2).
 
-Every worker computes its shards; rank 0 collects per-shard numbers, runs k-means and assignment through the
-tools that it was
-given, and writes the round's record last.
+Every worker computes its shards; rank 0 collects per-shard numbers, runs k-means and assignment through the tools that
+it was given, and writes the round's record last.
 """
 
 import time
@@ -110,7 +109,7 @@ class RoundMaker:
                 | {"unusable_descriptors": dropped}
                 | found_again
                 | moved,
-                seconds=seconds | {"figures": time.monotonic() - started - sum(seconds.values())},
+                seconds=seconds | {"metrics": time.monotonic() - started - sum(seconds.values())},
             )
             self.run.finish_round(record, found.kmeans.centroids)
             self.tools.log(record.line())

@@ -1,6 +1,6 @@
 """A run's directory: settings, rounds, checkpoints, predictions.
 
-RUN/settings.json                what the run was told, and the arithmetic that it settled on
+RUN/settings.json                the run's settings, and the arithmetic that it settled on
 RUN/rounds/0003/record.json      written last: a round without it does not exist
 RUN/rounds/0003/labels/shard-00000.npz, centroids.npz
 RUN/checkpoints/0000012000/      see sst.train.checkpoint
@@ -21,6 +21,7 @@ from cluster import storage
 from cluster.correspondence import labels_url
 from cluster.shards import Labels
 from sst.nn.precision import Precision
+from sst.train.model import record_url
 
 
 class RoundRecord(BaseModel):
@@ -90,13 +91,18 @@ class RunDirectory:
 
     @property
     def settings_url(self) -> str:
-        """What the run was told, and which data it reads."""
+        """The settings, and which data the run reads."""
         return storage.join(self.url, "settings.json")
 
     @property
     def chosen_url(self) -> str:
-        """What `train own` was told and the settings that it chose."""
+        """What `train own` was asked for and the settings that it chose."""
         return storage.join(self.url, "own.json")
+
+    @property
+    def shards_url(self) -> str:
+        """Where `train own` packs its images."""
+        return storage.join(self.url, "shards")
 
     @property
     def checkpoints_url(self) -> str:
@@ -200,7 +206,7 @@ class RunDirectory:
 
     def has_model(self) -> bool:
         """Whether training is over."""
-        return storage.exists(storage.join(self.model_url, "model.json"))
+        return storage.exists(record_url(self.model_url))
 
     @property
     def _landmarks_url(self) -> str:

@@ -14,7 +14,7 @@ from sst.report.plots import curves
 from sst.report.report import MEANINGS, ReportFigure, short
 from sst.run.tracking import redact
 
-FIGURES = {
+METRICS = {
     "model/equivariance_error": "equivariance error, %",
     "model/label_persistence": "label persistence",
     "model/visible_share": "visible share",
@@ -24,7 +24,7 @@ FIGURES = {
     "score/forward": "forward error",
     "score/backward": "backward error",
 }
-"""Figures of finished runs, in the order of the page's columns."""
+"""Metrics of finished runs, in the order of the page's columns."""
 
 CURVES = {
     "round/equivariance_error": "equivariance error, % of the view",
@@ -143,7 +143,7 @@ def differing(runs: Sequence[ComparedRun]) -> list[str]:
 def comparison_page(title: str, runs: Sequence[ComparedRun]) -> str:
     """One HTML page that needs nothing else: a table that sorts by any column, and curves laid over each other."""
     varied = differing(runs)
-    shown = {name: column for name, column in FIGURES.items() if any(name in run.metrics for run in runs)}
+    shown = {name: column for name, column in METRICS.items() if any(name in run.metrics for run in runs)}
     labels = [label(run, varied) for run in runs]
     drawn = {
         title: [(text, *run.curves[name]) for text, run in zip(labels, runs, strict=True) if name in run.curves]

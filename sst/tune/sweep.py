@@ -65,7 +65,7 @@ class TrialRecord(BaseModel):
     """How a trial ended, as SWEEP/trials/NNN/trial.json.
 
     Attributes:
-        values: what it was told, by setting.
+        values: by setting, what it was given.
         status: finished; stopped for being weak; failed.
         step: optimizer steps taken.
         objective: of the finished model; smaller is better.
@@ -127,7 +127,7 @@ class Sweep:
         return Tracking(self.tracking.uri, self.tracking.experiment, self.name(number), parent=self.url)
 
     def claim(self, resume: bool) -> None:
-        """Writes what the sweep was told, or checks that it was told the same before.
+        """Writes the sweep's settings, or checks that they are those it began with.
 
         Raises:
             UserError: if there is a sweep of that name and `resume` is not set, or it was begun otherwise.
@@ -175,44 +175,12 @@ def run_sweep(sweep: Sweep, *, concurrent: int | None, early_stop: bool, resume:
         if placed.warning:
             say(f"warning: {placed.warning}")
         sweep = replace(sweep, settings=sweep.settings.with_workers(placed.workers))
-        from ray import tune
-        from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
-
-        logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # it misses files that nobody asked for
         room = concurrent or room_for(sweep.settings, machines, placed.gpu)
-        scheduler: Any = FIFOScheduler()
-        stage1 = sweep.settings.stage1
-        if early_stop and stage1.rounds:
-            # One rung, after a third of the rounds: further ones would stop good trials, see docs/tuning.md.
-            rung = stage1.warmup_iterations + max(1, stage1.rounds // 3) * stage1.round_iterations
-            scheduler = ASHAScheduler(
-                "step",
-                "error",
-                "min",
-                max_t=rung,
-                grace_period=rung,
-                reduction_factor=REDUCTION,
-                stop_last_trials=False,
-            )
         tracker = sweep.tracking.open(sweep.url)
         tracker.log_settings(sweep.settings.model_dump(mode="json"))
         status = "FAILED"
         try:
-            with tempfile.TemporaryDirectory() as scratch:  # of what Tune writes nothing is needed later
-                tuner = tune.Tuner(
-                    tune.with_resources(tune.with_parameters(run_trial, sweep=sweep), beside_this_process()),
-                    param_space={"trial": tune.grid_search(list(range(len(sweep.trials))))},
-                    # A stopped trial's process must end, for only then its workers do.
-                    tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=room, reuse_actors=False),
-                    run_config=tune.RunConfig(
-                        name="tune",
-                        storage_path=scratch,
-                        callbacks=[watcher(sweep, room)],
-                        failure_config=tune.FailureConfig(max_failures=TRIAL_FAILURES),
-                        verbose=0,
-                    ),
-                )
-                tuner.fit()
+            run_trials(sweep, room, early_stop)
             records = [sweep.record(number) for number in range(len(sweep.trials))]
             if None in records:
                 raise KeyboardInterrupt  # Tune ends in order after the first Ctrl-C
@@ -225,6 +193,50 @@ def run_sweep(sweep: Sweep, *, concurrent: int | None, early_stop: bool, resume:
         finally:
             tracker.close(status)
     return [record for record in records if record is not None]
+
+
+def run_trials(sweep: Sweep, room: int, early_stop: bool) -> None:
+    """Runs what is left of the trials by Ray Tune, `room` at once; each notes how it ended."""
+    from ray import tune
+
+    logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # it misses files that nobody asked for
+    with tempfile.TemporaryDirectory() as scratch:  # of what Tune writes nothing is needed later
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(run_trial, sweep=sweep), beside_this_process()),
+            param_space={"trial": tune.grid_search(list(range(len(sweep.trials))))},
+            # A stopped trial's process must end, for only then its workers do.
+            tune_config=tune.TuneConfig(
+                scheduler=scheduler_of(sweep.settings, early_stop), max_concurrent_trials=room, reuse_actors=False
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=scratch,
+                callbacks=[watcher(sweep, room)],
+                failure_config=tune.FailureConfig(max_failures=TRIAL_FAILURES),
+                verbose=0,
+            ),
+        )
+        tuner.fit()
+
+
+def scheduler_of(settings: TrainSettings, early_stop: bool) -> Any:
+    """What decides between rounds which trials go on."""
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+
+    stage1 = settings.stage1
+    if not early_stop or not stage1.rounds:
+        return FIFOScheduler()
+    # One rung, after a third of the rounds: further ones would stop good trials, see docs/tuning.md.
+    rung = stage1.warmup_iterations + max(1, stage1.rounds // 3) * stage1.round_iterations
+    return ASHAScheduler(
+        "step",
+        "error",
+        "min",
+        max_t=rung,
+        grace_period=rung,
+        reduction_factor=REDUCTION,
+        stop_last_trials=False,
+    )
 
 
 def conclude(sweep: Sweep, records: list[TrialRecord], tracker: Tracker) -> None:

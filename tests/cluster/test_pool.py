@@ -132,7 +132,7 @@ def test_a_lost_member_costs_nothing_of_the_result(cluster, sample):
 def test_where_cuml_fails_in_a_member_the_fit_begins_again_by_torch(cluster, sample, monkeypatch, caplog):
     """The members' processes have no cuML, whatever was found before."""
     monkeypatch.setattr(rapids, "_given_up", [])
-    monkeypatch.setattr("cluster.actor.choose_backend", lambda requested, several=False: "cuml")
+    monkeypatch.setattr("cluster.actor._choose_for_pool", lambda requested: ("cuml", None))
     found = KMeansActor(members=2).fit(sample, KMeansSettings(6, seed=2))
     assert found.backend == "torch" and found.empty == 0
     assert "No module named" in caplog.text

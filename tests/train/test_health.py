@@ -1,13 +1,19 @@
 """Runs that come to nothing are known at once, sound ones are left in peace."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ray
 import torch
 from torch import nn
 
-from cluster.kmeans import KMeansResult
+from cluster import rapids
+from cluster.actor import KMeansActor
+from cluster.kmeans import KMeansResult, KMeansSettings
+from cluster.rapids import CumlError
+from cluster.shards import Descriptors
 from sst.config import TrainSettings
 from sst.errors import Stopped, Unwell, UnwellError, exit_on_user_error
 from sst.nn.losses import landmark_levels, landmark_loss
@@ -16,7 +22,7 @@ from sst.nn.optimizer import Update
 from sst.presets import PRESETS
 from sst.report.advice import seen_on_the_way
 from sst.run.console import Show
-from sst.run.distributed import why_unwell
+from sst.run.distributed import kmeans_backend, ray_tools, why_unwell
 from sst.run.metrics import MetricsFile
 from sst.run.own import Machine, choose
 from sst.train import health, trainer
@@ -314,3 +320,40 @@ def test_a_warning_is_shown_at_once_and_again_in_the_report_and_decides_the_exit
 
 def test_figures_that_are_not_numbers_are_no_sign():
     assert Watch(signs(TrainSettings())).look({"kind": "round", "round": 2, "labels_kept": float(np.nan)}) == []
+
+
+class Here:
+    """The k-means actor without Ray: in this process, its methods called as those of an actor."""
+
+    def __init__(self) -> None:
+        self.actor = KMeansActor()
+
+    def __getattr__(self, name: str):
+        return SimpleNamespace(remote=getattr(self.actor, name))
+
+
+@pytest.mark.parametrize("when", ["at the start", "in a fit"])
+def test_a_cuml_that_cannot_work_is_said_once_where_people_look(when, monkeypatch, tmp_path, capsys):
+    """The actor's own log is in a file of Ray's that nobody opens."""
+
+    def fail(*given):
+        raise CumlError("bad_alloc")
+
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    monkeypatch.setattr(rapids, "_given_up", [])
+    monkeypatch.setattr(rapids, "gpu_here", lambda: True)
+    monkeypatch.setattr(rapids, "obstacle", lambda several=False: "bad_alloc" if when == "at the start" else None)
+    monkeypatch.setattr(rapids, "fit_alone", fail)
+    url, rows, lines = f"{tmp_path}/0.npz", np.random.default_rng(0).normal(size=(20, 4)), []
+    Descriptors(np.array([0, 20]), np.zeros((20, 2), np.float32), rows.astype(np.float16)).save(url)
+    actor, settings = Here(), TrainSettings()
+    kmeans_backend(actor, settings, lines.append)
+    assert len(lines) == (when == "at the start")
+    fit = ray_tools(settings, actor, lines.append).fit
+    for _ in range(2):
+        assert fit([(url, np.arange(20))], KMeansSettings(3)).backend == "torch"
+    (line,) = lines
+    Show([]).line(line)
+    assert "bad_alloc" in capsys.readouterr().out and "bad_alloc" in seen_on_the_way(lines)[0].text
+    MetricsFile(str(tmp_path)).write(line)
+    assert why_unwell(str(tmp_path)) is None
