@@ -144,6 +144,7 @@ def train_own(
     tracking: str = DEFAULT_URI,
     experiment: str = "landmarks",
     register: str | None = None,
+    stop_when_unwell: bool = False,
 ) -> Outcome:
     """Trains on a folder of your own images, or goes on with that: the same as `landmarks train own`.
 
@@ -161,6 +162,7 @@ def train_own(
         tracking: MLflow tracking URI.
         experiment: MLflow experiment.
         register: name under which the finished model becomes a new version in MLflow's model registry.
+        stop_when_unwell: whether the run ends at a sign that it comes to nothing, not only warns.
 
     Returns:
         What came out: `landmarks`, `scores`, `report` and more; `load` takes it too.
@@ -173,7 +175,15 @@ def train_own(
     where = RunOptions(runs=str(runs), tracking=tracking, experiment=experiment, register_as=register)
     table = None if annotations is None else str(annotations)
     return run_own(
-        OwnCommand(images=str(images), landmarks=landmarks, annotations=table, name=name, minutes=minutes, where=where)
+        OwnCommand(
+            images=str(images),
+            landmarks=landmarks,
+            annotations=table,
+            name=name,
+            minutes=minutes,
+            stop_when_unwell=stop_when_unwell,
+            where=where,
+        )
     )
 
 
