@@ -52,7 +52,14 @@ def resolve(root: Path, program: str, case: Case) -> Resolved:
     # This interpreter runs the resolver; without it uv would first look for one of the version asked for.
     command = [program, "pip", "compile", "--quiet", "pyproject.toml", "-c", "constraints.txt"]
     command += ["--python", sys.executable, "--python-version", case.python, "--python-platform", "linux"]
-    command += ["--no-build", "--no-header", "--no-annotate", *(["--extra", case.extra] if case.extra else [])]
+    # The system's certificates, as pip and git use them: a proxy that inspects traffic has its own.
+    command += [
+        "--system-certs",
+        "--no-build",
+        "--no-header",
+        "--no-annotate",
+        *(["--extra", case.extra] if case.extra else []),
+    ]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     lines = [line.split("#")[0].strip() for line in done.stdout.splitlines()]
     names = frozenset(canonicalize_name(Requirement(line).name) for line in lines if line)
