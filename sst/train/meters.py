@@ -84,7 +84,8 @@ class Meter:
         """Adds one step's scalars."""
         self.steps += 1
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, torch.zeros((), device=value.device)) + value.detach()
+            seen = value.detach()
+            self.sums[name] = self.sums[name] + seen if name in self.sums else seen
 
     def line(self, step: int, phase_step: int, present: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """The metrics since the last line, which starts a new one.
