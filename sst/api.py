@@ -138,6 +138,7 @@ def train_own(
     landmarks: int = 20,
     *,
     annotations: str | Path | None = None,
+    category: str | None = None,
     name: str | None = None,
     minutes: float | None = None,
     runs: str | Path = "runs",
@@ -155,6 +156,7 @@ def train_own(
         landmarks: how many are wanted.
         annotations: CSV or COCO file with boxes of the objects, where they do not fill the images; points in it are
             for scoring only.
+        category: of the annotated objects, where the file has several; or "all".
         name: of the run; by default that of the folder.
         minutes: how long it may take from the first keypoints to the report, 5 or more; by default as long as the
             schedule takes.
@@ -179,6 +181,7 @@ def train_own(
             images=str(images),
             landmarks=landmarks,
             annotations=table,
+            category=category,
             name=name,
             minutes=minutes,
             stop_when_unwell=stop_when_unwell,
@@ -188,7 +191,11 @@ def train_own(
 
 
 def name_landmarks(
-    run: str | Path | Outcome, annotations: str | Path, images: str | Path | None = None
+    run: str | Path | Outcome,
+    annotations: str | Path,
+    images: str | Path | None = None,
+    *,
+    category: str | None = None,
 ) -> tuple[str, ...]:
     """Teaches a model your own named points, from a handful of annotated images: the same as `landmarks name`.
 
@@ -198,6 +205,7 @@ def name_landmarks(
         run: as `load` takes it.
         annotations: COCO keypoints (.json), or CSV (file, x0, y0, x1, y1, ...).
         images: folder of the images; by default the one that the annotation file lies in.
+        category: of the annotated objects, where the file has several.
 
     Returns:
         The names.
@@ -206,7 +214,7 @@ def name_landmarks(
         UserError: if there is no model, nothing is annotated, or an image is missing or unreadable.
     """
     folder = None if images is None else str(images)
-    named, _, _ = learn_names(Name(model=_url(run), annotations=str(annotations), images=folder))
+    named, _, _ = learn_names(Name(model=_url(run), annotations=str(annotations), images=folder, category=category))
     return tuple(named.names)
 
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from cluster import storage
 from cluster.shards import Descriptors, Labels
 from sst.config import TrainSettings
-from sst.corpora import folder
+from sst.corpora.annotation_files import read_annotations
 from sst.corpora.drawings import draw
 from sst.corpora.packing import UnusableImage, read_image
 from sst.data.jpeg import decode_jpeg_scaled
@@ -111,7 +111,7 @@ def cases(root: Path) -> list[Case]:
     )
 
     def annotations(name: str) -> Callable[[], Any]:
-        return lambda: (folder.read_annotations(str(root / name)), folder.point_names(str(root / name), 2))
+        return lambda: read_annotations(str(root / name))
 
     def picture(suffix: str) -> Case:
         path = root / f"image.{suffix}"

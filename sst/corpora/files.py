@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from sst.corpora.folder import Row, read_annotations
+from sst.corpora.annotation_files import read_annotations
+from sst.corpora.annotations import Row
 from sst.errors import UserError
 
 
@@ -97,9 +98,14 @@ def additions(path: str | None, names: Collection[str], landmarks: int | None) -
     if path is None:
         return {}
     rows: dict[str, Row] = {}
-    for row in read_annotations(path):
+    found = read_annotations(path)
+    for note in found.notes:
+        print(f"note: {path}: {note}")
+    for row in found.rows:
         if row.file not in names:
             continue
+        if row.file in rows:
+            raise UserError(f"{path}: {row.file} occurs twice; these images have one object each")
         box = None if row.box is None or not np.isfinite(row.box).all() else row.box
         points = None if row.points is None or np.isnan(row.points).all() else row.points
         if points is not None and (len(points) != landmarks or not np.isfinite(points).all()):

@@ -27,6 +27,7 @@ from sst.nn.geometry import resize_matrix, transform_points
 MIN_SIDE = 8
 """Images whose shorter side has fewer pixels are refused: there is nothing to learn from."""
 JPEG_QUALITY = 95
+_ORIENTATION = 0x0112  # the EXIF tag
 
 
 class UnusableImage(ValueError):
@@ -104,6 +105,47 @@ def read_image(path: Path) -> np.ndarray:
     except Exception as error:  # Pillow raises many types on damaged input
         reason = str(error).replace(str(path), path.name)  # a manifest should name no path of a machine
         raise UnusableImage(f"unreadable ({type(error).__name__}: {reason})") from error
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Sides of a picture when upright, and how its EXIF turns or mirrors what is stored (1 to 8, 1 for not at all)."""
+
+    width: int
+    height: int
+    orientation: int = 1
+
+    @property
+    def turned(self) -> bool:
+        """Whether width and height of what is stored are exchanged."""
+        return self.orientation >= 5
+
+    def upright(self, places: np.ndarray, pixel: float) -> np.ndarray:
+        """Places (N, 2) of the picture as stored, where it is `turned`, in the upright picture.
+
+        Args:
+            places: x, y.
+            pixel: 1 for the middles of pixels, whose mirror image is the middle of another; 0 for edges between them.
+        """
+        x, y = self.height - pixel - places[:, 0], self.width - pixel - places[:, 1]
+        right, down = {5: (places[:, 1], places[:, 0]), 6: (y, places[:, 0]), 7: (y, x), 8: (places[:, 1], x)}[
+            self.orientation
+        ]
+        return np.stack([right, down], axis=1)
+
+
+def picture_frame(path: Path) -> Frame | None:
+    """Sides of a picture by its header, without decoding it; None where that can't be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            orientation = file.getexif().get(_ORIENTATION, 1)
+            orientation = orientation if orientation in range(1, 9) else 1
+            sides = file.size if orientation < 5 else file.size[::-1]
+            return Frame(sides[0], sides[1], orientation)
+    except Exception:  # Pillow raises many types on damaged input; reading the picture will name what is wrong
+        return None
 
 
 def _to_rgb(image: Any) -> np.ndarray:

@@ -37,6 +37,7 @@ class Folder(Pack):
 
     images: str = Field(description="Folder of images; subfolders are searched too.")
     annotations: str | None = Field(None, description="CSV, or COCO keypoints (.json); points are for scoring only.")
+    category: str | None = Field(None, description="Category of the objects in --annotations, if several; or all.")
     size: int = Field(256, ge=16, description="Pixels that the longer side of the box is shrunk to, if longer.")
     test_share: float = Field(0.1, ge=0, lt=1, description="Share of test images among those without a split.")
 
@@ -101,6 +102,11 @@ Source = (
 )
 
 
+def print_note(note: str) -> None:
+    """Tells the person at the command line what is odd about the input."""
+    print(f"note: {note}")
+
+
 def images_of(config: Source) -> tuple[Iterable[Item], str, str | None, int | None]:
     """Images, name of the corpus, the protocol that its data suggest, and the size to shrink boxes to.
 
@@ -121,7 +127,7 @@ def images_of(config: Source) -> tuple[Iterable[Item], str, str | None, int | No
     if isinstance(config, BbcPose):
         signers = bbcpose.items(config.root, config.every, config.annotations, detected=config.boxes == "detector")
         return signers, "bbcpose", None, config.size
-    items = folder.items(config.images, config.annotations, config.test_share)
+    items = folder.items(config.images, config.annotations, config.test_share, config.category, print_note)
     root = Path(config.images).resolve()
     name = root.parent.name if root.name == "images" else root.name
     return items, name, "faces68" if any(item.landmarks == 68 for item in items) else None, config.size

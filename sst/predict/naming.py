@@ -8,9 +8,10 @@ Shape letters: N images, K landmarks, L named points. Points are (x, y) in pixel
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Annotated
+from unicodedata import normalize
 
 import numpy as np
 import tyro
@@ -18,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
 
 from cluster import storage
-from sst.corpora import folder
+from sst.corpora.annotation_files import read_annotations
+from sst.corpora.annotations import Row, is_inside, place_annotations
 from sst.errors import UserError
 from sst.predict.predictor import Found, in_image, in_view, open_model, predict
 from sst.predict.shape import VIEW, _map_back, affine_maps, lay_on, left_over, mean_shape
@@ -266,6 +268,8 @@ class Name(BaseModel):
     """COCO keypoints (.json), or CSV (file, x0, y0, x1, y1, ...); boxes in it are used as by `landmarks pack`."""
     images: str | None = None
     """Folder of the images; by default the one that the annotation file lies in."""
+    category: str | None = None
+    """Category of the annotated objects, where the file has several."""
 
 
 def annotated_examples(config: Name) -> tuple[Examples, list[str], str, str]:
@@ -278,16 +282,8 @@ def annotated_examples(config: Name) -> tuple[Examples, list[str], str, str]:
         UserError: if nothing is annotated, or an image is missing or unreadable.
     """
     model, record, place = open_model(config.model)
+    rows, names = annotated_rows(config)
     root = Path(config.images or Path(config.annotations).parent)
-    rows = [row for row in folder.read_annotations(config.annotations) if row.points is not None]
-    rows = [row for row in rows if row.points is not None and np.isfinite(row.points).all(-1).any()]
-    if not rows:
-        raise UserError(f"{config.annotations}: no annotated points in it; annotate a handful of images")
-    if missing := [row.file for row in rows if not (root / row.file).is_file()]:
-        raise UserError(
-            f"{config.annotations}: {len(missing)} of {len(rows)} annotated images are not in {root}: "
-            f"{', '.join(missing[:5])}; say where they are by --images"
-        )
     targets = [Target(row.file, root / row.file, row.box) for row in rows]
     results = predict(model, record.network.input_size, targets)
     points, confidence, wanted = [], [], []
@@ -297,10 +293,43 @@ def annotated_examples(config: Name) -> tuple[Examples, list[str], str, str]:
         assert row.points is not None
         points.append(in_view(found.points, found.box, VIEW))
         confidence.append(found.confidence)
-        wanted.append(in_view(row.points, found.box, VIEW))
-    examples = Examples(np.stack(points), np.stack(confidence), np.stack(wanted))
-    names = folder.point_names(config.annotations, examples.targets.shape[1])
-    return examples, names, place, record.weights
+        seen = np.where(is_inside(row.points, *found.size)[:, None], row.points, np.nan)
+        wanted.append(in_view(seen, found.box, VIEW))
+    return Examples(np.stack(points), np.stack(confidence), np.stack(wanted)), names, place, record.weights
+
+
+def annotated_rows(config: Name) -> tuple[list[Row], list[str]]:
+    """Objects with at least one annotated point, and the points' names; what is odd about the file is printed.
+
+    Raises:
+        UserError: if nothing is annotated, or an image is missing.
+    """
+    read = read_annotations(config.annotations, config.category)
+    rows = tuple(row for row in read.rows if row.points is not None and np.isfinite(row.points).all(-1).any())
+    if not rows:
+        raise UserError(f"{config.annotations}: no annotated points in it; annotate a handful of images")
+    root = Path(config.images or Path(config.annotations).parent)
+    files = {file: root / file for row in rows if (file := _file_below(root, row.file)) is not None}
+    if missing := [row.file for row in rows if _file_below(root, row.file) is None]:
+        raise UserError(
+            f"{config.annotations}: {len(missing)} of {len(rows)} annotated images are not in {root}: "
+            f"{', '.join(missing[:5])}; say where they are by --images"
+        )
+    placed = place_annotations(replace(read, rows=rows), files, f"in {root}")
+    for note in placed.notes:
+        print(f"note: {config.annotations}: {note}")
+    rows = tuple(row for row in placed.rows if row.points is not None and np.isfinite(row.points).all(-1).any())
+    return list(rows), list(placed.point_names)
+
+
+def _file_below(root: Path, name: str) -> str | None:
+    """The file that an annotation means: by its name, or without leading folders; None if there is none.
+
+    Only these places are looked at, since the folder of an annotation file may be a home directory.
+    """
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    choices = [normalize(form, "/".join(parts[start:])) for start in range(len(parts)) for form in ("NFC", "NFD")]
+    return next((each for each in choices if not each.startswith("/") and (root / each).is_file()), None)
 
 
 def learn_names(config: Name) -> tuple[NamedPoints, Examples, str]:

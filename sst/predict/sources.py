@@ -1,14 +1,16 @@
 """What landmarks are predicted on: images, folders, shards and videos, with boxes."""
 
 import glob
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from cluster import storage
 from sst.corpora import folder
+from sst.corpora.annotation_files import read_annotations
+from sst.corpora.annotations import Annotations, Category, Id, Row, place_annotations, shown
 from sst.data.shards import MANIFEST, Manifest, decode, read_shard
 from sst.errors import UserError
 
@@ -28,12 +30,16 @@ class Target:
         box: x0, y0, x1, y1 of the object in pixels of the image; for None, and for one that is unusable (as of
             `sst.corpora.packing.usable_box`), the whole image is seen.
         number: which of several objects of the same image it is.
+        image_id: identifier of the image in the file that gave the boxes; None for one that it does not list.
+        category: of the object, likewise.
     """
 
     file: str
     source: Path | np.ndarray
     box: Box | None = None
     number: int = 0
+    image_id: Id | None = None
+    category: Category | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,15 +51,17 @@ class Sources:
         total: how many there are (for a video, as many as it says of itself).
         whole: whether no object has a box.
         frames_per_second: of a video; None for images.
+        notes: what is odd about the boxes' file; of a video, about its frames, once all are read.
     """
 
     targets: Iterable[Target]
     total: int
     whole: bool
     frames_per_second: float | None = None
+    notes: list[str] = field(default_factory=list)
 
 
-def find_sources(images: Sequence[str], boxes: str | None = None) -> Sources:
+def find_sources(images: Sequence[str], boxes: str | None = None, category: str | None = None) -> Sources:
     """What the person at the command line means by files, folders, patterns, a corpus or a video.
 
     Args:
@@ -61,6 +69,7 @@ def find_sources(images: Sequence[str], boxes: str | None = None) -> Sources:
             shards; or one video file.
         boxes: CSV or COCO file with boxes of the objects, several per image if need be; images that it does not
             name are seen whole.
+        category: of the objects that are wanted, where the file has several.
 
     Raises:
         UserError: if something is not there, holds no image, or can't be mixed.
@@ -74,21 +83,23 @@ def find_sources(images: Sequence[str], boxes: str | None = None) -> Sources:
     files: dict[str, Path] = {}
     for name in images:
         files |= _files(name, alone=len(images) == 1)
-    rows: dict[str, list[Box | None]] = {}
-    if boxes is not None:
-        for row in folder.read_annotations(boxes):
-            rows.setdefault(row.file, []).append(row.box)
-        if missing := sorted(set(rows) - set(files)):
-            raise UserError(
-                f"{boxes}: {len(missing)} of {len(rows)} files named there are not among the {len(files)} images: "
-                f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
-            )
+    if boxes is None:
+        return Sources([Target(name, path) for name, path in files.items()], len(files), whole=True)
+    return _boxed(files, place_annotations(read_annotations(boxes, category), files, f"among the {len(files)} images"))
+
+
+def _boxed(files: Mapping[str, Path], placed: Annotations) -> Sources:
+    """Every object of every image, called as the annotation file calls it."""
+    rows = placed.by_file()
     targets = [
-        Target(name, path, box, number)
+        Target(placed.file_names.get(name, name), path, row.box, number, placed.image_ids.get(name), row.category)
         for name, path in files.items()
-        for number, box in enumerate(rows.get(name, [None]))
+        for number, row in enumerate(rows.get(name, [Row(name)]))
     ]
-    return Sources(targets, len(targets), whole=boxes is None)
+    notes = [f"{placed.path}: {note}" for note in placed.notes]
+    if not any(target.box for target in targets):
+        notes.append(f"{placed.path}: no box in it, so all images are seen whole")
+    return Sources(targets, len(targets), whole=all(target.box is None for target in targets), notes=notes)
 
 
 def _files(name: str, alone: bool) -> dict[str, Path]:
@@ -122,7 +133,7 @@ def _shards(url: str, boxes: str | None) -> Sources:
     def targets() -> Iterator[Target]:
         for shard in manifest.shards:
             for sample in read_shard(storage.join(url, shard.file), shard.sha256):
-                yield Target(f"{sample.key}.jpg", decode(sample)[0], sample.meta.box)
+                yield Target(sample.meta.source, decode(sample)[0], sample.meta.box)
 
     return Sources(targets(), sum(shard.samples for shard in manifest.shards), whole=False)
 

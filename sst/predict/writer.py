@@ -40,6 +40,8 @@ class Predict(BaseModel):
     """Directory or URL that the predictions are written to."""
     boxes: str | None = None
     """CSV or COCO file with boxes of the objects, as for `landmarks pack`; without it images are seen whole."""
+    category: str | None = None
+    """Category of the objects in --boxes, where it has several; or "all"."""
     visible: Annotated[float | None, Field(ge=0, le=1)] = None
     """Confidence from which a landmark counts as visible, instead of the model's own."""
     pictures: Annotated[int, Field(ge=0)] = 200
@@ -133,9 +135,10 @@ class Collected:
         return tables
 
     def _rows(self, labels: Sequence[str], rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Rows:
-        files, sizes, boxes = zip(*((item.target.file, item.size, item.box) for item in self.found), strict=True)
+        targets = [item.target for item in self.found]
+        sizes, boxes = zip(*((item.size, item.box) for item in self.found), strict=True)
         points, confidence = (np.stack(each) for each in zip(*rows, strict=True))
-        return Rows(labels, files, sizes, boxes, points, confidence, self.visible)
+        return Rows(labels, targets, sizes, boxes, points, confidence, self.visible)
 
 
 def write_predictions(config: Predict) -> None:
@@ -147,8 +150,11 @@ def write_predictions(config: Predict) -> None:
     model, record, place = open_model(config.model)
     if not config.images:
         raise UserError("no images are named; give files, folders, patterns, one directory of shards or one video")
-    sources = find_sources(config.images, config.boxes)
+    sources = find_sources(config.images, config.boxes, config.category)
     clear(config)
+    told = len(sources.notes)
+    for note in sources.notes:
+        print(f"note: {note}")
     if sources.whole and needs_boxes(record):
         print(
             "note: this model learnt from boxes around the objects, and these images are seen whole; unless they are "
@@ -164,6 +170,8 @@ def write_predictions(config: Predict) -> None:
                 collected.unreadable.append(result)
             else:
                 collected.add(result, pictures)
+    for note in sources.notes[told:]:
+        print(f"note: {note}")
     if not collected.found:
         unreadable = collected.unreadable
         raise UserError(

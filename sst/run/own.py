@@ -159,6 +159,8 @@ class OwnCommand(BaseModel):
     """How many landmarks are wanted."""
     annotations: str | None = None
     """CSV or COCO file with boxes of the objects, where they do not fill the images; points in it are for scoring."""
+    category: str | None = None
+    """Category of the annotated objects, where the file has several; or "all"."""
     name: RunName | None = None
     """Name of the run; by default that of the folder."""
     minutes: Annotated[float | None, Field(gt=0)] = None
@@ -179,18 +181,19 @@ def train_own(command: OwnCommand) -> Outcome:
     name = command.name or re.sub(r"[^\w.-]", "_", Path(command.images).resolve().name)
     run_url = storage.join(command.where.runs, name)
     given_url = RunDirectory(run_url).chosen_url
-    given = command.model_dump(include={"images", "landmarks", "annotations", "minutes"})
+    given = command.model_dump(include={"images", "landmarks", "annotations", "category", "minutes"})
     given |= {"images": str(Path(command.images).resolve())}
     if storage.exists(given_url) and (changed := differences(storage.read_json(given_url)["given"], given)):
         raise UserError(f"{run_url} is a run that was begun otherwise ({'; '.join(changed)}); take another --name")
     shards = RunDirectory(run_url).shards_url
     if not storage.exists(storage.join(shards, MANIFEST)):
-        items = folder.items(command.images, command.annotations)
+        items = folder.items(command.images, command.annotations, category=command.category)
         choose(sum(item.split == "train" for item in items), command.landmarks, this_machine())  # before any work
         pack_source(
             Folder(
                 images=command.images,
                 annotations=command.annotations,
+                category=command.category,
                 out=shards,
                 max_skipped=OWN_MAX_SKIPPED,
                 shard_samples=max(32, min(256, len(items) // 16)),  # several for every worker

@@ -332,7 +332,7 @@ def test_mistakes_end_with_one_message(tmp_path: Path, capsys: pytest.CaptureFix
         ("b.csv", "name,x0,y0\n", "no column 'file'"),
         ("c.csv", "file,x0,y0\n8.png,1,left\n", "line 2: y0 is 'left'"),
         ("d.csv", "file,split\n8.png,val\n", "split is 'val'"),
-        ("e.csv", "file\n8.png\n8.png\n", "occurs twice"),
+        ("e.csv", "file,split\n8.png,test\n8.png,train\n", "is in the split 'train' and in 'test'"),
     ]:
         (tmp_path / name).write_text(text)
         assert words in fails(capsys, *base, str(tmp_path / name), *out)

@@ -17,8 +17,8 @@ from scipy.io import savemat
 
 from jobs.pack import main
 from sst.corpora import celeba, human36m, packing, torch7
+from sst.corpora.annotation_files import read_annotations
 from sst.corpora.faces import box_of_five, extent_box, grown_box
-from sst.corpora.folder import read_annotations
 from sst.corpora.packing import Item, Packed, SourceImage, UnusableImage, mixed, pack_item, shuffled
 from sst.data.jpeg import decode_jpeg
 from sst.data.shards import Manifest, RawSample, SampleMeta
@@ -127,7 +127,7 @@ def test_the_box_of_five_points_moves_with_the_face(scale: float, x: float, y: f
 def test_the_box_of_five_points_is_near_the_box_of_68(faces: Path) -> None:
     """On real faces the derived box overlaps the box of the 68 points as two detectors' would."""
     overlaps = []
-    for row in read_annotations(str(faces / "annotations.csv"))[::20]:
+    for row in read_annotations(str(faces / "annotations.csv")).rows[::20]:
         assert row.points is not None
         p = row.points
         five = np.stack([p[36:42].mean(axis=0), p[42:48].mean(axis=0), p[30], p[48], p[54]])
