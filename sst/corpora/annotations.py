@@ -250,7 +250,7 @@ def place_annotations(found: Annotations, pictures: Mapping[str, Path], where: s
     _refuse_most(found.path, rows, tally)
     if any(row.box is not None for row in rows):
         tally.names["objects without a box, seen whole"] += [row.file for row in rows if row.box is None]
-        tally.names["images that it does not name, seen whole"] += [name for name in pictures if name not in frames]
+        tally.names["images without an object in it, seen whole"] += [name for name in pictures if name not in frames]
     if moved := [name for name, file in matched.items() if name != file]:
         tally.names["names taken without their leading folders"] = moved
     return replace(

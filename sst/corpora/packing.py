@@ -148,6 +148,17 @@ def picture_frame(path: Path) -> Frame | None:
         return None
 
 
+def picture_count(path: Path) -> int | None:
+    """Pictures in an image file, more than one in an animation; None if it is no image."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            return int(getattr(file, "n_frames", 1))
+    except Exception:  # as above
+        return None
+
+
 def _to_rgb(image: Any) -> np.ndarray:
     from PIL import Image
 

@@ -1,6 +1,7 @@
 """What landmarks are predicted on: images, folders, shards and videos, with boxes."""
 
 import glob
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,8 @@ import numpy as np
 from cluster import storage
 from sst.corpora import folder
 from sst.corpora.annotation_files import read_annotations
-from sst.corpora.annotations import Annotations, Category, Id, Row, place_annotations, shown
+from sst.corpora.annotations import Annotations, Category, Id, Row, place_annotations
+from sst.corpora.packing import picture_count
 from sst.data.shards import MANIFEST, Manifest, decode, read_shard
 from sst.errors import UserError
 
@@ -76,7 +78,7 @@ def find_sources(images: Sequence[str], boxes: str | None = None, category: str 
     """
     if len(images) == 1 and storage.exists(storage.join(images[0], MANIFEST)):
         return _shards(images[0], boxes)
-    if videos := [name for name in images if name.lower().endswith(VIDEO_SUFFIXES)]:
+    if videos := [name for name in images if _is_video(name)]:
         if len(images) > 1 or boxes is not None:
             raise UserError(f"{videos[0]}: a video is predicted by itself and whole: one file, no --boxes")
         return _video(videos[0])
@@ -138,6 +140,20 @@ def _shards(url: str, boxes: str | None) -> Sources:
     return Sources(targets(), sum(shard.samples for shard in manifest.shards), whole=False)
 
 
+def _is_video(name: str) -> bool:
+    """Whether a file is a video: by its ending, or since Pillow reads no single picture of it and OpenCV opens it."""
+    if name.lower().endswith(VIDEO_SUFFIXES):
+        return True
+    if name.lower().endswith(folder.IMAGE_SUFFIXES) or not Path(name).is_file():
+        return False
+    if (frames := picture_count(Path(name))) is not None:
+        return frames > 1
+    import cv2
+
+    video = cv2.VideoCapture(name)
+    return bool(video.isOpened()) and video.get(cv2.CAP_PROP_FRAME_COUNT) != 1
+
+
 def _video(name: str) -> Sources:
     import cv2
 
@@ -146,19 +162,94 @@ def _video(name: str) -> Sources:
     video = cv2.VideoCapture(name)
     if not video.isOpened():
         raise UserError(f"{name}: not a video that OpenCV can read; convert it to MP4 (H.264) first")
+    rate = video.get(cv2.CAP_PROP_FPS)
+    rate = rate if 0 < rate < 1e4 else 25.0
+    stored = packet_times(name)
+    announced = max(0, int(min(video.get(cv2.CAP_PROP_FRAME_COUNT), 1e9)))
+    numbers = FrameNumbers.of(stored, announced, rate)
+    notes: list[str] = []
 
     def targets() -> Iterator[Target]:
-        number = 0
+        attempts = read = 0
         while True:
+            attempts += 1
             good, frame = video.read()
-            if not good:
-                video.release()
-                return
-            yield Target(f"frame_{number:06d}", np.ascontiguousarray(frame[:, :, ::-1]))
-            number += 1
+            if good:
+                number = numbers.next(video.get(cv2.CAP_PROP_POS_MSEC))
+                read += 1
+                yield Target(f"frame_{number:06d}", np.ascontiguousarray(frame[:, :, ::-1]), image_id=number + 1)
+            elif attempts >= len(stored):  # a frame that can't be decoded is passed over, the next may be whole
+                break
+        video.release()
+        # A count that a container derives from its duration may be one off.
+        told = announced if announced > len(stored) + 1 else len(stored)
+        if read < told:
+            notes.append(
+                f"{name}: {told - read} of {told} frames are lost: the file is damaged or cut; the others keep their "
+                f"numbers{'' if numbers.known else ' only up to there, as it does not say which are missing'}"
+            )
 
-    total = max(1, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
-    return Sources(targets(), total, True, video.get(cv2.CAP_PROP_FPS) or 25.0)
+    return Sources(targets(), max(1, len(stored) or announced), True, rate, notes)
+
+
+def packet_times(name: str) -> list[float]:
+    """When each frame of a video is shown, in milliseconds and ascending, without decoding any.
+
+    Empty if OpenCV can't tell, as for formats that it does not read by FFmpeg.
+    """
+    import cv2
+
+    video, times = cv2.VideoCapture(name, cv2.CAP_FFMPEG), []
+    if video.isOpened() and video.set(cv2.CAP_PROP_FORMAT, -1):
+        while video.read()[0]:
+            times.append(float(video.get(cv2.CAP_PROP_POS_MSEC)))
+    video.release()
+    return sorted(times)
+
+
+@dataclass
+class FrameNumbers:
+    """Gives each frame that could be decoded the number that it has in the undamaged video.
+
+    Attributes:
+        times: when the frames that are stored are shown, ascending.
+        rate: frames per second, where frames are missing among the stored ones and the times show where; else None.
+        known: whether numbers are those of the undamaged video.
+        last: the latest number.
+    """
+
+    times: Sequence[float]
+    rate: float | None
+    known: bool
+    last: int = -1
+
+    @classmethod
+    def of(cls, times: Sequence[float], announced: int, rate: float) -> "FrameNumbers":
+        """Settles how to number.
+
+        Args:
+            times: as of `packet_times`.
+            announced: how many frames the file says that it has.
+            rate: frames per second, as the file says.
+        """
+        if announced <= len(times) + 1:
+            return cls(times, None, known=True)
+        places = np.array(times) * rate / 1000
+        steady = len(times) > 0 and bool((np.abs(places - places.round()) < 0.25).all())
+        # A cut file misses its end alone; some formats number what is left without a gap.
+        gaps = steady and int(places[-1].round()) + 1 > len(times)
+        return cls(times, rate if steady else None, known=gaps)
+
+    def next(self, time: float) -> int:
+        """The number of the frame that is shown at `time` in milliseconds; each is given once."""
+        if self.rate is not None:
+            number = round(time * self.rate / 1000)
+        elif self.times:
+            number = bisect_left(self.times, time - 0.5)
+        else:
+            number = self.last + 1
+        self.last = max(number, self.last + 1)
+        return self.last
 
 
 def as_box(corners: Sequence[float] | np.ndarray) -> Box:

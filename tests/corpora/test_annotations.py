@@ -160,7 +160,7 @@ def test_an_image_may_have_several_lines_and_a_line_twice_counts_once(tmp_path, 
     ]  # fmt: skip
     assert found.notes == (
         "objects given twice, used once: 1 (p0.jpg)",
-        "images that it does not name, seen whole: 8 (p2.jpg, p3.jpg, p4.jpg, ...)",
+        "images without an object in it, seen whole: 8 (p2.jpg, p3.jpg, p4.jpg, ...)",
     )
 
 
@@ -270,7 +270,7 @@ def test_a_track_outside_of_the_picture_is_no_object(tmp_path, faces):
     assert [row.file for row in found.rows] == NAMES[:3] + NAMES[4:] and boxes_of(found) == WANTED[:3] + WANTED[4:]
     assert found.notes == (
         "objects without box and points left out: 1 (annotation 4)",
-        "images that it does not name, seen whole: 1 (p3.jpg)",
+        "images without an object in it, seen whole: 1 (p3.jpg)",
     )
 
 

@@ -18,7 +18,7 @@ from sst.corpora.drawings import draw
 from sst.nn.network import LandmarkDetector
 from sst.predict.overlay import draw_landmarks
 from sst.predict.predictor import ImageLandmarks, in_image, in_view, open_model, resampling, view_of_box
-from sst.predict.sources import find_sources
+from sst.predict.sources import FrameNumbers, Sources, find_sources
 from sst.train.model import save_model
 from tests.small import write_toy
 
@@ -128,6 +128,47 @@ def test_boxes_of_several_objects_in_one_image_give_an_object_each(model_url, im
     assert {row["object"] for row in rows if row["file"] == "0.png"} == {"0", "1"}
 
 
+def test_ids_and_names_are_those_of_the_file_that_gave_the_boxes(model_url, images, tmp_path, capsys):
+    boxes = {
+        "images": [{"id": "b7", "file_name": "set/1.png"}, {"id": 70, "file_name": "set/0.png"},
+                   {"id": 30, "file_name": "set/2.png"}],
+        "annotations": [{"id": 1, "image_id": "b7", "category_id": 17, "bbox": [0, 0, 60, 60]},
+                        {"id": 2, "image_id": 70, "category_id": 17, "bbox": [0, 0, 50, 50]},
+                        {"id": 3, "image_id": "70", "category_id": 17, "bbox": [40, 30, 50, 50]}],
+        "categories": [{"id": 17, "name": "owl"}, {"id": 18, "name": "cat"}],
+    }  # fmt: skip
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    job.main([model_url, str(images), "--out", str(tmp_path / "out"), "--boxes", str(tmp_path / "boxes.json")])
+    coco, rows = predicted(tmp_path / "out")
+    named = {entry["file_name"]: entry["id"] for entry in coco["images"]}
+    assert named == {"set/0.png": 70, "set/1.png": "b7", "set/2.png": 30, "more/3.png": 71, "more/4.png": 72}
+    assert [(each["id"], each["name"]) for each in coco["categories"]] == [(17, "owl")]
+    # As pycocotools pairs them: by image and category alone.
+    for wanted in boxes["annotations"]:
+        image = next(each["id"] for each in boxes["images"] if str(each["id"]) == str(wanted["image_id"]))
+        own = [each["bbox"] for each in coco["annotations"] if (each["image_id"], each["category_id"]) == (image, 17)]
+        assert [float(v) for v in wanted["bbox"]] in own
+    assert {row["file"] for row in rows} == set(named)
+    assert "images without an object in it, seen whole: 4" in capsys.readouterr().out
+
+
+def test_names_of_categories_come_back_from_a_table(model_url, images, tmp_path):
+    (tmp_path / "a.csv").write_text("file,class,xmin,ymin,xmax,ymax\n0.png,owl,1,1,60,60\n1.png,cat,1,1,50,50\n")
+    told = ["--boxes", str(tmp_path / "a.csv"), "--category", "all", "--pictures", "0"]
+    job.main([model_url, str(images / "0.png"), str(images / "1.png"), "--out", str(tmp_path / "out"), *told])
+    coco, _ = predicted(tmp_path / "out")
+    assert [(each["id"], each["name"]) for each in coco["categories"]] == [(1, "owl"), (2, "cat")]
+    assert [each["category_id"] for each in coco["annotations"]] == [1, 2]
+
+
+def test_boxes_that_can_not_be_used_are_said(model_url, images, tmp_path, capsys):
+    text = "file,xmin,ymin,xmax,ymax\n0.png,1,1,60,60\n1.png,9,9,70,70\n2.png,0.1,0.1,0.9,0.9\n"
+    (tmp_path / "a.csv").write_text(text)
+    job.main([model_url, str(images), "--out", str(tmp_path / "out"), "--boxes", str(tmp_path / "a.csv")])
+    said = capsys.readouterr().out
+    assert "a.csv: boxes in shares of the image's sides instead of pixels: 1 (2.png)" in said
+
+
 def test_files_patterns_and_folders_mix(images):
     sources = find_sources([str(images / "0.png"), str(images / "more"), str(images / "*.jpg")])
     assert [Path(target.file).name for target in sources.targets] == ["0.png", "3.png", "4.png", "cut.jpg"]
@@ -138,6 +179,7 @@ def test_shards_are_predicted_within_their_boxes(model_url, tmp_path):
     job.main([model_url, str(tmp_path / "shards"), "--out", str(tmp_path / "out")])
     coco, _ = predicted(tmp_path / "out")
     x0, y0, x1, y1 = map(float, draw(5, 0, 96).box)
+    assert [entry["file_name"] for entry in coco["images"]] == [f"drawing {number}" for number in range(5)]
     assert len(coco["annotations"]) == 5
     np.testing.assert_allclose(coco["annotations"][0]["bbox"], [x0, y0, x1 - x0, y1 - y0], atol=1e-3)
 
@@ -155,6 +197,96 @@ def test_a_video_becomes_a_video_with_as_many_frames(model_url, tmp_path):
     coco, _ = predicted(tmp_path / "out")
     assert frames == 7 == len(coco["annotations"])
     assert coco["images"][6] == {"id": 7, "file_name": "frame_000006", "width": 96, "height": 64}
+
+
+def white_bar(path: Path, code: str, frames: int = 40) -> Path:
+    """A video whose white bar stands at 2 n in frame n; dark noise keeps its packets large."""
+    writer, rng = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*code), 10, (128, 96)), np.random.default_rng(0)
+    for number in range(frames):
+        frame = rng.integers(0, 15, (96, 128, 3), np.uint8)
+        frame[20:60, 2 * number : 2 * number + 20] = 255
+        writer.write(frame)
+    writer.release()
+    return path
+
+
+def bars(sources: Sources) -> dict[int, float]:
+    """Where the bar stands in each frame that was read, by the number that the frame got."""
+    found = {}
+    for target in sources.targets:
+        assert isinstance(target.source, np.ndarray)
+        columns = np.flatnonzero(target.source[40, :, 0] > 200)
+        found[int(target.file.removeprefix("frame_"))] = columns[0] / 2 if len(columns) else -1
+    return found
+
+
+@pytest.mark.parametrize(("name", "code"), [("a.mp4", "mp4v"), ("a.avi", "MJPG"), ("a.wmv", "WMV2"), ("a.ts", "MPG2"),
+                                            ("a.flv", "FLV1"), ("a.webm", "VP80"), ("a.data", "MJPG")])  # fmt: skip
+def test_any_video_that_opencv_reads_is_read_whole(tmp_path, name, code):
+    path = white_bar(tmp_path / ("a.avi" if name == "a.data" else name), code).rename(tmp_path / name)
+    sources = find_sources([str(path)])
+    found = bars(sources)
+    assert list(found) == list(range(40)) and sources.notes == []
+    np.testing.assert_allclose(list(found.values()), range(40), atol=1)
+
+
+def test_a_video_with_damaged_frames_goes_on_after_them(tmp_path):
+    path = white_bar(tmp_path / "a.avi", "MJPG")
+    data = bytearray(path.read_bytes())
+    starts = [at for at in range(len(data)) if data[at : at + 4] == b"00dc"][1:41]  # before: the index
+    for number in (10, 11, 25):
+        data[starts[number] + 8 : starts[number + 1]] = bytes(starts[number + 1] - starts[number] - 8)
+    path.write_bytes(data)
+    sources = find_sources([str(path)])
+    found = bars(sources)
+    assert set(range(40)) - set(found) == {10, 11, 25}
+    assert all(abs(place - number) <= 1 for number, place in found.items())
+    assert [note.partition(": ")[2] for note in sources.notes] == [
+        "3 of 40 frames are lost: the file is damaged or cut; the others keep their numbers"
+    ]
+
+
+def test_a_cut_video_says_what_it_has_lost(model_url, tmp_path, capsys):
+    path = white_bar(tmp_path / "a.avi", "MJPG")
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.6)])
+    job.main([model_url, str(path), "--out", str(tmp_path / "out")])
+    coco, _ = predicted(tmp_path / "out")
+    left = len(coco["images"])
+    assert f"{40 - left} of 40 frames are lost" in capsys.readouterr().out and 15 < left < 30
+    assert [entry["id"] for entry in coco["images"]] == list(range(1, left + 1))
+
+
+def test_frames_that_a_container_has_lost_leave_a_gap_in_the_numbers(tmp_path):
+    path = white_bar(tmp_path / "a.flv", "FLV1")
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + len(data) // 8] = bytes(len(data) // 8)
+    path.write_bytes(data)
+    sources = find_sources([str(path)])
+    found = bars(sources)
+    assert 20 < len(found) < 40 and max(found) == 39
+    assert (
+        sources.notes[0].endswith("keep their numbers")
+        and f"{40 - len(found)} of 40 frames are lost" in sources.notes[0]
+    )
+    assert all(found[number] == pytest.approx(number, abs=1) for number in range(15))
+
+
+def test_frames_of_a_varying_rate_are_numbered_in_order():
+    times = [0.0, 33.0, 70.0, 170.0, 171.0, 260.0]
+    numbers = FrameNumbers.of(times, 6, 30.0)
+    assert [numbers.next(time) for time in times] == list(range(6)) and numbers.known
+    numbers = FrameNumbers.of(times, 6, 30.0)
+    assert [numbers.next(time) for time in (0.0, 70.0, 260.0)] == [0, 2, 5]
+
+
+def test_an_animation_is_a_video_and_a_picture_with_an_unknown_ending_is_not(tmp_path):
+    frames = [Image.fromarray(np.full((64, 64, 3), 20 * n, np.uint8)) for n in range(8)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
+    assert len(list(find_sources([str(tmp_path / "a.gif")]).targets)) == 8
+    frames[0].save(tmp_path / "b.jfif", "JPEG")
+    (target,) = find_sources([str(tmp_path / "b.jfif")]).targets
+    assert target.source == tmp_path / "b.jfif"
 
 
 @pytest.mark.parametrize(
