@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from sst.corpora.packing import MIN_SIDE
+from sst.corpora.pictures import white_level
 from sst.errors import UserError
 from sst.predict.naming import Name, learn_names, load_names
-from sst.predict.predictor import Found, Unreadable, needs_boxes, open_model, predict
+from sst.predict.predictor import Found, Unreadable, needs_boxes, open_model, predict, white_of
 from sst.predict.published import import_published as import_published
 from sst.predict.sources import Box, Target, as_box
 from sst.report.finish import Outcome
@@ -87,7 +88,8 @@ class Predictor:
 
     def _found(self, images: Sequence[Image], boxes: Sequence[Sequence[float] | None]) -> Iterator[Landmarks]:
         pairs = enumerate(zip(images, boxes, strict=True))
-        targets = [_target(number, image, box) for number, (image, box) in pairs]
+        white = white_of(self._record) or white_level(Path(image) for image in images if isinstance(image, str | Path))
+        targets = [_target(number, image, box, white) for number, (image, box) in pairs]
         if needs_boxes(self._record) and any(box is None for box in boxes):
             warnings.warn("this model learnt from boxes around the objects, and images are seen whole; unless they are "
                           "cropped to the object, give boxes", stacklevel=3)  # fmt: skip
@@ -107,10 +109,10 @@ class Predictor:
         return Landmarks(found.points, found.confidence, seen, self.names, found.box, named)
 
 
-def _target(number: int, image: Image, box: Sequence[float] | None) -> Target:
+def _target(number: int, image: Image, box: Sequence[float] | None, white: int | None) -> Target:
     place = None if box is None else as_box(box)
     if isinstance(image, str | Path):
-        return Target(str(image), Path(image), place)
+        return Target(str(image), Path(image), place, white=white)
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         what = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise TypeError(f"image {number} is {what}; give a uint8 RGB array (H, W, 3), a path, or a list of these")

@@ -15,7 +15,8 @@ from unicodedata import normalize
 
 import numpy as np
 
-from sst.corpora.packing import Frame, picture_frame, usable_box
+from sst.corpora.packing import usable_box
+from sst.corpora.pictures import Frame, picture_frame
 from sst.errors import UserError
 
 Id = int | str

@@ -7,6 +7,7 @@ from pathlib import Path
 from sst.corpora.annotation_files import read_annotations
 from sst.corpora.annotations import Row, place_annotations
 from sst.corpora.packing import Item, SourceImage, read_image, split_of
+from sst.corpora.pictures import white_level, white_note
 from sst.data.shards import Split
 from sst.errors import UserError
 
@@ -52,18 +53,20 @@ def items(
         rows = placed.by_file()
         for note in placed.notes:
             say(f"{annotations}: {note}")
+    if (white := white_level(root / name for name in names)) is not None:
+        say(white_note(white))
     return [
-        _folder_item(root, row, name if len(found) == 1 else f"{name}#{number}", test_share)
+        _folder_item(root, row, name if len(found) == 1 else f"{name}#{number}", test_share, white)
         for name in names
         for found in [rows.get(name, [Row(name)])]
         for number, row in enumerate(found)
     ]
 
 
-def _folder_item(root: Path, row: Row, source: str, test_share: float) -> Item:
+def _folder_item(root: Path, row: Row, source: str, test_share: float, white: int | None) -> Item:
     def load() -> SourceImage:
-        return SourceImage(read_image(root / row.file), row.box, row.points, row.visible)
+        return SourceImage(read_image(root / row.file, white), row.box, row.points, row.visible)
 
     # All objects of one image belong to one split, hence the hash of the file's name.
     split: Split = split_of(row.file, test_share) if not row.split else "test" if row.split == "test" else "train"
-    return Item(source, split, row.subject, load, None if row.points is None else len(row.points))
+    return Item(source, split, row.subject, load, None if row.points is None else len(row.points), white)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from cluster import storage
+from sst.corpora.pictures import FULL, stretched
 from sst.data.jpeg import MAX_PIXELS
 from sst.data.loader import ordered_map
 from sst.data.shards import Manifest, RawSample, SampleMeta, ShardWriter, Split, shard_bytes
@@ -27,7 +28,6 @@ from sst.nn.geometry import resize_matrix, transform_points
 MIN_SIDE = 8
 """Images whose shorter side has fewer pixels are refused: there is nothing to learn from."""
 JPEG_QUALITY = 95
-_ORIENTATION = 0x0112  # the EXIF tag
 
 
 class UnusableImage(ValueError):
@@ -55,13 +55,17 @@ class SourceImage:
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """An image with so many annotated points; `load` reads or draws it and raises `UnusableImage`."""
+    """An image with so many annotated points; `load` reads or draws it and raises `UnusableImage`.
+
+    `white` is that of its corpus, as of `sst.corpora.pictures.white_level`.
+    """
 
     source: str
     split: Split
     subject: str | None
     load: Callable[[], SourceImage]
     landmarks: int | None = None
+    white: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,17 @@ def split_of(source: str, test_share: float) -> Split:
     return "test" if number < test_share * 2.0**64 else "train"
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: Path, white: int | None = None) -> np.ndarray:
     """Reads an image file as RGB uint8 (H, W, 3), upright.
 
     Rules: an EXIF rotation is applied; grey becomes three equal channels; CMYK is converted by its plain
-    inverse; 16-bit grey is divided by 257, and 32-bit integer grey likewise after clipping; transparency is
-    laid over white; of an animation the first picture is taken. Refused: floating-point pixels, more than
-    `MAX_PIXELS`, a side below `MIN_SIDE`.
+    inverse; 16-bit values are divided by 257, or so that `white` becomes 255, and 32-bit integer grey likewise, after
+    clipping; transparency is laid over white; of an animation the first picture is taken. Refused: floating-point
+    pixels, more than `MAX_PIXELS`, a side below `MIN_SIDE`.
+
+    Args:
+        path: the file.
+        white: of pictures with 16 bits, which value is white, as of `sst.corpora.pictures.white_level`.
 
     Raises:
         UnusableImage: if the file is refused, cut short or not an image.
@@ -99,7 +107,7 @@ def read_image(path: Path) -> np.ndarray:
                 raise UnusableImage(f"{file.width} x {file.height} pixels; at most {MAX_PIXELS} are permitted")
             if min(file.width, file.height) < MIN_SIDE:
                 raise UnusableImage(f"{file.width} x {file.height} pixels; {MIN_SIDE} is the least side")
-            return _to_rgb(ImageOps.exif_transpose(file))
+            return _to_rgb(ImageOps.exif_transpose(stretched(file, path, white or FULL)))
     except UnusableImage:
         raise
     except Exception as error:  # Pillow raises many types on damaged input
@@ -107,66 +115,11 @@ def read_image(path: Path) -> np.ndarray:
         raise UnusableImage(f"unreadable ({type(error).__name__}: {reason})") from error
 
 
-@dataclass(frozen=True)
-class Frame:
-    """Sides of a picture when upright, and how its EXIF turns or mirrors what is stored (1 to 8, 1 for not at all)."""
-
-    width: int
-    height: int
-    orientation: int = 1
-
-    @property
-    def turned(self) -> bool:
-        """Whether width and height of what is stored are exchanged."""
-        return self.orientation >= 5
-
-    def upright(self, places: np.ndarray, pixel: float) -> np.ndarray:
-        """Places (N, 2) of the picture as stored, where it is `turned`, in the upright picture.
-
-        Args:
-            places: x, y.
-            pixel: 1 for the middles of pixels, whose mirror image is the middle of another; 0 for edges between them.
-        """
-        x, y = self.height - pixel - places[:, 0], self.width - pixel - places[:, 1]
-        right, down = {5: (places[:, 1], places[:, 0]), 6: (y, places[:, 0]), 7: (y, x), 8: (places[:, 1], x)}[
-            self.orientation
-        ]
-        return np.stack([right, down], axis=1)
-
-
-def picture_frame(path: Path) -> Frame | None:
-    """Sides of a picture by its header, without decoding it; None where that can't be read."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as file:
-            orientation = file.getexif().get(_ORIENTATION, 1)
-            orientation = orientation if orientation in range(1, 9) else 1
-            sides = file.size if orientation < 5 else file.size[::-1]
-            return Frame(sides[0], sides[1], orientation)
-    except Exception:  # Pillow raises many types on damaged input; reading the picture will name what is wrong
-        return None
-
-
-def picture_count(path: Path) -> int | None:
-    """Pictures in an image file, more than one in an animation; None if it is no image."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as file:
-            return int(getattr(file, "n_frames", 1))
-    except Exception:  # as above
-        return None
-
-
 def _to_rgb(image: Any) -> np.ndarray:
     from PIL import Image
 
     if image.mode == "F":
         raise UnusableImage("floating-point pixels have no stated range")
-    if image.mode.startswith("I"):
-        grey = np.rint(np.clip(np.asarray(image).astype(np.int64), 0, 65535) / 257)
-        return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)

@@ -149,9 +149,10 @@ def pack_source(config: Source) -> None:
         raise UserError(f"{config.out}: a file; --out must be a directory or URL")
     items, name, protocol, size = images_of(config)
     mix_seed = None if isinstance(items, list) else config.seed  # what can't be loaded in any order is mixed later
+    white = items[0].white if isinstance(items, list) and items else None
     if isinstance(items, list):
         items = with_progress(packing.shuffled(items, config.seed), "packing")
-    writer = ShardWriter(config.out, name, config.protocol or protocol, config.shard_samples)
+    writer = ShardWriter(config.out, name, config.protocol or protocol, config.shard_samples, white)
     notes = packing.pack(items, writer, config.context, size, config.max_skipped, mix_seed)
     if (manifest := writer.manifest) is None:
         raise AssertionError("the writer leaves a manifest")

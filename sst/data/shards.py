@@ -127,6 +127,7 @@ class Manifest(BaseModel):
         landmarks: annotated points per image, or None.
         shards: the shards, in the order of the sample keys.
         skipped: source images that were left out.
+        white: value that became white in 16-bit source images which use fewer bits; None where there are none.
     """
 
     model_config = _STRICT
@@ -137,6 +138,7 @@ class Manifest(BaseModel):
     landmarks: int | None = Field(default=None, gt=0)
     shards: tuple[ShardInfo, ...]
     skipped: tuple[Skipped, ...] = ()
+    white: int | None = Field(default=None, gt=0)
 
     @classmethod
     def load(cls, url: str) -> Self:
@@ -194,7 +196,9 @@ class ShardWriter:
     Equal samples give equal bytes. `manifest` holds the result afterwards.
     """
 
-    def __init__(self, url: str, corpus: str, protocol: str | None = None, shard_samples: int = 256) -> None:
+    def __init__(
+        self, url: str, corpus: str, protocol: str | None = None, shard_samples: int = 256, white: int | None = None
+    ) -> None:
         """Starts a corpus; an earlier one at the same place is removed, its manifest first.
 
         Args:
@@ -202,6 +206,7 @@ class ShardWriter:
             corpus: name of the corpus.
             protocol: name of the scoring protocol.
             shard_samples: samples per shard; the last one of a split may hold fewer.
+            white: as of `Manifest`.
 
         Raises:
             ValueError: if `shard_samples` is below 1.
@@ -209,6 +214,7 @@ class ShardWriter:
         if shard_samples < 1:
             raise ValueError(f"shard_samples must be at least 1, got {shard_samples}")
         self.url, self.corpus, self.protocol, self.shard_samples = url, corpus, protocol, shard_samples
+        self.white = white
         self.manifest: Manifest | None = None
         self._samples = 0
         self._landmarks: int | None = None
@@ -258,6 +264,7 @@ class ShardWriter:
             landmarks=self._landmarks,
             shards=tuple(self._shards),
             skipped=tuple(self._skipped),
+            white=self.white,
         )
         storage.write_json(storage.join(self.url, MANIFEST), self.manifest.model_dump(mode="json", by_alias=True))
 

@@ -21,8 +21,9 @@ from rich.table import Table
 from cluster import storage
 from sst.corpora.annotation_files import read_annotations
 from sst.corpora.annotations import Row, is_inside, place_annotations
+from sst.corpora.pictures import white_level
 from sst.errors import UserError
-from sst.predict.predictor import Found, in_image, in_view, open_model, predict
+from sst.predict.predictor import Found, in_image, in_view, open_model, predict, white_of
 from sst.predict.shape import VIEW, _map_back, affine_maps, lay_on, left_over, mean_shape
 from sst.predict.sources import Box, Target
 from sst.progress import with_progress
@@ -284,7 +285,8 @@ def annotated_examples(config: Name) -> tuple[Examples, list[str], str, str]:
     model, record, place = open_model(config.model)
     rows, names = annotated_rows(config)
     root = Path(config.images or Path(config.annotations).parent)
-    targets = [Target(row.file, root / row.file, row.box) for row in rows]
+    white = white_of(record) or white_level(root / row.file for row in rows)
+    targets = [Target(row.file, root / row.file, row.box, white=white) for row in rows]
     results = predict(model, record.network.input_size, targets)
     points, confidence, wanted = [], [], []
     for row, found in zip(rows, with_progress(results, "finding landmarks", len(rows)), strict=True):

@@ -153,6 +153,12 @@ def needs_boxes(record: ModelRecord) -> bool:
     return record.metrics.get("box_share", 1.0) < WHOLE
 
 
+def white_of(record: ModelRecord) -> int | None:
+    """Value that was white in the 16-bit images that a model learnt from; None if they used all bits, or were none."""
+    white = record.metrics.get("white")
+    return None if white is None else int(white)
+
+
 def open_model(url: str) -> tuple[LandmarkDetector, ModelRecord, str]:
     """The detector, its record, and the directory that it lies in.
 
@@ -177,7 +183,7 @@ class _Loaded:
 
 def _load(target: Target, view_size: int, pictures: bool) -> "_Loaded | Unreadable":
     try:
-        image = target.source if isinstance(target.source, np.ndarray) else read_image(target.source)
+        image = target.source if isinstance(target.source, np.ndarray) else read_image(target.source, target.white)
     except UnusableImage as error:
         return Unreadable(target.file, str(error))
     height, width = image.shape[:2]

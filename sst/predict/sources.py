@@ -12,7 +12,7 @@ from cluster import storage
 from sst.corpora import folder
 from sst.corpora.annotation_files import read_annotations
 from sst.corpora.annotations import Annotations, Category, Id, Row, place_annotations
-from sst.corpora.packing import picture_count
+from sst.corpora.pictures import picture_count, white_level, white_note
 from sst.data.shards import MANIFEST, Manifest, decode, read_shard
 from sst.errors import UserError
 
@@ -34,6 +34,7 @@ class Target:
         number: which of several objects of the same image it is.
         image_id: identifier of the image in the file that gave the boxes; None for one that it does not list.
         category: of the object, likewise.
+        white: value of a 16-bit image that is white, as of `sst.corpora.pictures.white_level`.
     """
 
     file: str
@@ -42,6 +43,7 @@ class Target:
     number: int = 0
     image_id: Id | None = None
     category: Category | None = None
+    white: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +65,9 @@ class Sources:
     notes: list[str] = field(default_factory=list)
 
 
-def find_sources(images: Sequence[str], boxes: str | None = None, category: str | None = None) -> Sources:
+def find_sources(
+    images: Sequence[str], boxes: str | None = None, category: str | None = None, white: int | None = None
+) -> Sources:
     """What the person at the command line means by files, folders, patterns, a corpus or a video.
 
     Args:
@@ -72,6 +76,7 @@ def find_sources(images: Sequence[str], boxes: str | None = None, category: str 
         boxes: CSV or COCO file with boxes of the objects, several per image if need be; images that it does not
             name are seen whole.
         category: of the objects that are wanted, where the file has several.
+        white: of 16-bit images, where the model knows that of its corpus; else it is that of these images.
 
     Raises:
         UserError: if something is not there, holds no image, or can't be mixed.
@@ -85,20 +90,26 @@ def find_sources(images: Sequence[str], boxes: str | None = None, category: str 
     files: dict[str, Path] = {}
     for name in images:
         files |= _files(name, alone=len(images) == 1)
+    notes = []
+    if white is None and (white := white_level(files.values())) is not None:
+        notes.append(white_note(white))
     if boxes is None:
-        return Sources([Target(name, path) for name, path in files.items()], len(files), whole=True)
-    return _boxed(files, place_annotations(read_annotations(boxes, category), files, f"among the {len(files)} images"))
+        return Sources([Target(name, path, white=white) for name, path in files.items()], len(files), True, notes=notes)
+    placed = place_annotations(read_annotations(boxes, category), files, f"among the {len(files)} images")
+    return _boxed(files, placed, white, notes)
 
 
-def _boxed(files: Mapping[str, Path], placed: Annotations) -> Sources:
+def _boxed(files: Mapping[str, Path], placed: Annotations, white: int | None, notes: list[str]) -> Sources:
     """Every object of every image, called as the annotation file calls it."""
     rows = placed.by_file()
     targets = [
-        Target(placed.file_names.get(name, name), path, row.box, number, placed.image_ids.get(name), row.category)
+        Target(
+            placed.file_names.get(name, name), path, row.box, number, placed.image_ids.get(name), row.category, white
+        )
         for name, path in files.items()
         for number, row in enumerate(rows.get(name, [Row(name)]))
     ]
-    notes = [f"{placed.path}: {note}" for note in placed.notes]
+    notes = notes + [f"{placed.path}: {note}" for note in placed.notes]
     if not any(target.box for target in targets):
         notes.append(f"{placed.path}: no box in it, so all images are seen whole")
     return Sources(targets, len(targets), whole=all(target.box is None for target in targets), notes=notes)

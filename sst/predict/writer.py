@@ -19,7 +19,7 @@ from cluster import storage
 from sst.errors import UserError
 from sst.predict.naming import NamedPoints, load_names
 from sst.predict.overlay import draw_landmarks
-from sst.predict.predictor import Found, Unreadable, needs_boxes, open_model, predict
+from sst.predict.predictor import Found, Unreadable, needs_boxes, open_model, predict, white_of
 from sst.predict.sources import find_sources
 from sst.predict.tables import Rows, as_coco, as_csv
 from sst.progress import with_progress
@@ -150,7 +150,7 @@ def write_predictions(config: Predict) -> None:
     model, record, place = open_model(config.model)
     if not config.images:
         raise UserError("no images are named; give files, folders, patterns, one directory of shards or one video")
-    sources = find_sources(config.images, config.boxes, config.category)
+    sources = find_sources(config.images, config.boxes, config.category, white_of(record))
     clear(config)
     told = len(sources.notes)
     for note in sources.notes:

@@ -97,6 +97,8 @@ class Finisher:
             "visible_share": float(np.isfinite(first[..., 0]).mean()) if first.size else 0.0,
             "box_share": float(np.mean(boxes)),
         }
+        if (white := self.corpus.manifest.white) is not None:
+            metrics["white"] = float(white)
         return metrics | ({"equivariance_error": error} if np.isfinite(error) else {})
 
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from sst.corpora.annotation_files import read_annotations
 from sst.corpora.annotations import Annotations, match_names, place_annotations, scale_of
-from sst.corpora.packing import picture_frame
+from sst.corpora.pictures import picture_frame
 from sst.errors import UserError
 
 BOXES = [(49.34, 90.27, 167.62, 163.62), (52.96, 91.68, 168.85, 157.02), (37.45, 59.5, 100.1, 119.0),

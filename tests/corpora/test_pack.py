@@ -14,6 +14,7 @@ from PIL import Image
 from jobs.pack import main
 from sst.corpora import packing
 from sst.corpora.packing import Item, SourceImage, UnusableImage, pack_item, read_image, split_of
+from sst.corpora.pictures import white_level
 from sst.data.jpeg import decode_jpeg
 from sst.data.shards import Manifest, RawSample, read_shard
 
@@ -101,6 +102,38 @@ def test_refused_images_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(UnusableImage, match=word) as caught:
             read_image(tmp_path / name)
         assert str(tmp_path) not in str(caught.value)
+
+
+def deep(path: Path, values: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), values[..., ::-1] if values.ndim == 3 else values)
+    return path
+
+
+def test_pictures_of_12_bits_in_16_are_stretched_alike_and_it_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bright = np.full((40, 60), 3000, np.uint16)
+    deep(tmp_path / "in" / "bright.png", bright)
+    deep(tmp_path / "in" / "dark.tif", bright // 4)
+    deep(tmp_path / "in" / "colour.png", np.dstack([bright, bright // 2, bright // 3]))
+    save(tmp_path / "in" / "plain.png", np.full((40, 60, 3), 90, np.uint8))
+    main(["folder", "--images", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--test-share", "0"])
+    assert "16-bit pictures use values up to 4095 only" in capsys.readouterr().out
+    assert Manifest.load(str(tmp_path / "out")).white == 4095
+    stored = {s.meta.source: decode_jpeg(s.jpeg)[20, 30].tolist() for s in samples(tmp_path / "out")}
+    wanted = {"bright.png": [187] * 3, "dark.tif": [47] * 3, "colour.png": [187, 93, 62], "plain.png": [90] * 3}
+    for name, colour in wanted.items():
+        np.testing.assert_allclose(stored[name], colour, atol=2)
+
+
+@pytest.mark.parametrize(("most", "white"), [(200, 255), (1000, 1023), (4095, 4095), (4096, 8191), (40_000, None)])
+def test_the_bits_that_are_used_set_what_is_white(tmp_path: Path, most: int, white: int | None) -> None:
+    deep(tmp_path / "a.png", np.full((40, 60), most, np.uint16))
+    deep(tmp_path / "b.png", np.full((40, 60, 3), most // 2, np.uint16))
+    save(tmp_path / "c.png")
+    assert white_level([tmp_path / "a.png", tmp_path / "b.png", tmp_path / "c.png"]) == white
+    assert white_level([tmp_path / "c.png"]) is None
 
 
 # One item
