@@ -169,6 +169,43 @@ def test_mistakes_are_named(model_url, tmp_path, capsys, damage, said):
     assert load_names(model_url) is None
 
 
+def test_what_can_not_be_used_is_said_and_folders_of_the_tool_do_not_matter(model_url, tmp_path, capsys):
+    path = tmp_path / "few" / "few.json"
+    annotate(tmp_path / "few", 8)
+    content = json.loads(path.read_text())
+    for entry in content["images"]:
+        entry["file_name"] = f"images/default/{entry['file_name']}"
+    content["annotations"][1]["keypoints"] = [24, 48, 2, 0, 0, 2]
+    content["annotations"][2]["keypoints"] = [24, 480, 2, 72, 24, 2]
+    content["annotations"] += [{"image_id": 77, "category_id": 1, "keypoints": [24, 48, 2, 72, 24, 2]},
+                               {"image_id": 3, "category_id": 2, "keypoints": [1, 1, 2, 2, 2, 2]}]  # fmt: skip
+    content["categories"].append({"id": 2, "name": "other", "keypoints": ["one", "two"]})
+    path.write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        job.main([model_url, "--annotations", str(path)])
+    assert "objects of 2 categories: thing (8), other (1)" in capsys.readouterr().err
+    job.main([model_url, "--annotations", str(path), "--category", "thing"])
+    said = capsys.readouterr().out
+    for note in (
+        "annotations of images that the file does not list left out: 1 (annotation number 8)",
+        "objects of other categories left out: 1",
+        "points at 0, 0 or -1, -1 taken as not annotated: 1",
+        "points outside their images: 1 (2.png)",
+    ):
+        assert note in said
+    names = load_names(model_url)
+    assert names is not None and names.names == ["left end", "right end"]
+
+
+def test_points_of_a_table_have_the_names_of_their_columns(model_url, tmp_path):
+    annotate(tmp_path / "few", 8)
+    lines = [f"{number}.png;24,5;48;72;24,5" for number in range(8)]
+    (tmp_path / "few" / "few.csv").write_text("\n".join(["image; nose_x; nose_y; tail_x; tail_y", *lines]))
+    job.main([model_url, "--annotations", str(tmp_path / "few" / "few.csv")])
+    names = load_names(model_url)
+    assert names is not None and names.names == ["nose", "tail"]
+
+
 def test_names_of_another_model_are_refused(model_url):
     save_names(model_url, learn(faces_of_a_flexible_kind(10), NAMES, model="0" * 64))
     with pytest.raises(UserError, match="learnt for another model"):

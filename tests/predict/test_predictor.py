@@ -169,6 +169,17 @@ def test_boxes_that_can_not_be_used_are_said(model_url, images, tmp_path, capsys
     assert "a.csv: boxes in shares of the image's sides instead of pixels: 1 (2.png)" in said
 
 
+@pytest.mark.parametrize(("known", "level"), [({}, 224), ({"white": 4095.0}, 56)])
+def test_16_bit_pictures_are_read_as_those_that_a_model_learnt_from(tmp_path, capsys, known, level):
+    fields = {"network": NETWORK, "clusters": list(range(LANDMARKS)), "visible": 1.0, "metrics": known}
+    save_model(str(tmp_path / "model"), LandmarkDetector(NETWORK.shape, LANDMARKS).eval(), **fields)
+    cv2.imwrite(str(tmp_path / "dim.png"), np.full((96, 96), 900, np.uint16))
+    job.main([str(tmp_path / "model"), str(tmp_path / "dim.png"), "--out", str(tmp_path / "out")])
+    (picture,) = (tmp_path / "out" / "pictures").iterdir()
+    np.testing.assert_allclose(np.asarray(Image.open(picture)), level, atol=3)
+    assert ("use values up to 1023 only" in capsys.readouterr().out) == (not known)
+
+
 def test_files_patterns_and_folders_mix(images):
     sources = find_sources([str(images / "0.png"), str(images / "more"), str(images / "*.jpg")])
     assert [Path(target.file).name for target in sources.targets] == ["0.png", "3.png", "4.png", "cut.jpg"]

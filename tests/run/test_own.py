@@ -14,7 +14,8 @@ from PIL import Image
 from jobs import train
 from sst.config import TrainSettings
 from sst.corpora.drawings import draw
-from sst.data.corpus import Corpus
+from sst.data.corpus import Corpus, open_corpus
+from sst.data.shards import read_shard
 from sst.errors import UserError
 from sst.presets import PRESETS
 from sst.run import estimate
@@ -230,6 +231,26 @@ def test_going_on_keeps_the_settings_that_were_chosen(folder, started, monkeypat
     with pytest.raises(SystemExit) as exit_:
         own(folder, "--landmarks", "13")
     assert exit_.value.code == 2 and "landmarks: 12 -> 13" in capsys.readouterr().err
+
+
+def test_annotations_of_one_category_are_packed_and_what_is_odd_is_said(folder, started, capsys):
+    rows = [f"images/{number}.jpg,owl,4,4,60,60" for number in range(70)]
+    rows[3], rows[4] = "images/3.jpg,owl,0.1,0.1,0.9,0.9", "images/4.jpg,cat,4,4,60,60"
+    table = folder.parent / "boxes.csv"
+    table.write_text("\n".join(["filename, class, xmin, ymin, xmax, ymax", *rows]))
+    with pytest.raises(SystemExit):
+        own(folder, "--annotations", str(table))
+    assert "objects of 2 categories: owl (69), cat (1)" in capsys.readouterr().err
+    own(folder, "--annotations", str(table), "--category", "owl")
+    said = capsys.readouterr().out
+    assert said.count("boxes in shares of the image's sides instead of pixels: 1 (3.jpg)") == 1
+    assert "objects of other categories left out: 1" in said and len(started) == 1
+    stored = open_corpus(str(folder.parent / "runs" / "owls" / "shards"))
+    metas = [each.meta for shard in stored.manifest.shards for each in read_shard(f"{stored.url}/{shard.file}")]
+    assert sum(meta.box == (4, 4, 60, 60) for meta in metas) == 68
+    with pytest.raises(SystemExit):
+        own(folder, "--annotations", str(table), "--category", "cat")
+    assert "category: owl -> cat" in capsys.readouterr().err
 
 
 def test_too_few_images_leave_nothing(folder, started, capsys):
