@@ -51,8 +51,16 @@ CORNERS = (
 )
 STARTS = (("x", "y"), ("x0", "y0"), ("x1", "y1"), ("xmin", "ymin"), ("left", "top"))
 CENTRES = (("cx", "cy"), ("xcenter", "ycenter"), ("centerx", "centery"))
-SIDES = (("width", "height"), ("w", "h"))
+SIDES = (("w", "h"), ("width", "height"))
+"""Of a box; where both are there, the second are the image's."""
 PREFIXES = ("box", "bbox", "")
+NAMED_POINTS = (
+    r"(?P<point>.*\S)[\s_.-](?P<axis>[xyXY])",
+    r"(?P<axis>[xyXY])[\s_.-](?P<point>\S.*)",
+    r"(?P<point>.*[a-z0-9])(?P<axis>[XY])",
+)
+"""A column of a point with a name: `nose_x`, `x_nose`, `noseX`."""
+NO_POINTS = (*PREFIXES, "image", "img", "min", "max", "center", "centre")
 UNDERSTOOD = (
     "file; box_x0,box_y0,box_x1,box_y1 or xmin,ymin,xmax,ymax or x,y,width,height; x0,y0,x1,y1,... or NAME_x,NAME_y; "
     "split; subject; category"
@@ -102,10 +110,9 @@ def understand(path: str, header: Sequence[str]) -> Columns:
         UserError: if no column names the image, or none of the others is understood.
     """
     names: dict[str, str] = {}
-    for name in header:
-        if name and _squashed(name) in names:
-            raise UserError(f"{path}: the columns {names[_squashed(name)]} and {name} are called alike")
-        names[_squashed(name)] = name
+    alike = [(_squashed(name), name) for name in header if name]
+    for squashed, name in alike:
+        names.setdefault(squashed, name)
     listed = shown(header, 8) or "none"
     file = next((names[each] for each in FILES if each in names), None)
     if file is None:
@@ -113,12 +120,14 @@ def understand(path: str, header: Sequence[str]) -> Columns:
     box, kind = _box_columns(names)
     points, point_names = _point_columns(path, names, set(box))
     size = next((each for each in SIZES if set(each) <= names.keys()), ())
-    if not size and kind == "corners":
-        size = next((each for each in SIDES if set(each) <= names.keys()), ())
+    if not size and box:
+        size = next((each for each in SIDES if set(each) <= names.keys() - set(box)), ())
     category = next((each for each in CATEGORIES if each in names), "")
     said = {each: names.get(each, "") for each in ("split", "subject")}
     used = {*box, *size, *(name for point in points for name in point), category, *said, _squashed(file)}
     unused = tuple(name for each, name in names.items() if each not in used)
+    if twice := [name for squashed, name in alike if squashed in used and names[squashed] is not name]:
+        raise UserError(f"{path}: the columns {names[_squashed(twice[0])]} and {twice[0]} are called alike")
     if unused and not (box or points or said["split"] or said["subject"]):
         raise UserError(f"{path}: no column of boxes or points; its columns are {listed}; understood are {UNDERSTOOD}")
     if not box and (half := [names[each] for each in names if each in _BOX_WORDS and each not in used]):
@@ -184,15 +193,17 @@ def _point_columns(
         if missing := [f"{axis}{n}" for n in wanted for axis in "xy" if f"{axis}{n}" not in free]:
             raise UserError(f"{path}: columns of points are missing: {shown(missing)}")
         return tuple((f"x{n}", f"y{n}", _seen(names, str(n))) for n in wanted), ()
-    named = {}
+    axes: dict[str, dict[str, str]] = {}
     for each in free:
-        found = re.fullmatch(r"(.*\S)[\s_.-]x", names[each], re.IGNORECASE)
-        if (
-            found
-            and (y := _squashed(found[1]) + "y") in free
-            and _squashed(found[1]) not in (*PREFIXES, "image", "img")
-        ):
-            named[found[1]] = (each, y, _seen(names, _squashed(found[1])))
+        for pattern in NAMED_POINTS:
+            if found := re.fullmatch(pattern, names[each]):
+                axes.setdefault(found["point"], {})[found["axis"].lower()] = each
+                break
+    named = {
+        point: (both["x"], both["y"], _seen(names, _squashed(point)))
+        for point, both in axes.items()
+        if len(both) == 2 and _squashed(point) not in NO_POINTS
+    }
     return tuple(named.values()), tuple(named)
 
 
@@ -220,6 +231,8 @@ def parse_csv(path: str, text: str, tally: Tally) -> Annotations:
     lines = [(number, cells) for number, cells in lines if any(cells)]
     header = lines[0][1] if lines else []
     columns = understand(path, header)
+    if len(lines) < 2:
+        raise UserError(f"{path}: a header and no line below it")
     rows = []
     for number, cells in lines[1:]:
         place = f"{path}, line {number}"
@@ -235,7 +248,7 @@ def parse_csv(path: str, text: str, tally: Tally) -> Annotations:
         rows.append(_row(_Cells(place, values, separator == ";"), columns, name))
     if any(row.visible is not None for row in rows):
         rows = [replace(row, visible=_visible(row, rows)) for row in rows]
-    if columns.size and columns.kind == "corners" and _is_size_of_box(rows):
+    if columns.size and _is_size_of_box(rows):
         rows = [replace(row, size=None) for row in rows]
     notes = []
     if columns.unused:
@@ -329,7 +342,7 @@ def parse_coco(path: str, text: str, tally: Tally) -> Annotations:
             has = f"is a list of {len(content)}" if isinstance(content, list) else f"has the keys {shown(content)}"
             raise UserError(f"{path}: not COCO keypoints JSON: it {has}; images and annotations are expected")
         images = _coco_images(path, content["images"], tally)
-        categories = {_key(each["id"]): _category(each) for each in content.get("categories") or ()}
+        categories = {_key(each.get("id")): _category(each) for each in content.get("categories") or ()}
         rows, strays = [], 0
         for number, entry in enumerate(content["annotations"]):
             name = f"annotation {entry.get('id', f'number {number}')}"
@@ -363,6 +376,8 @@ def _coco_images(path: str, entries: Sequence[dict[str, Any]], tally: Tally) -> 
     names: dict[str, Any] = {}
     for entry in entries:
         key, name = _key(entry["id"]), entry["file_name"]
+        if entry["id"] is None:
+            raise UserError(f"{path}: {name} has no image id")
         if not isinstance(name, str) or not name:
             raise UserError(f"{path}: image {entry['id']} has no file_name")
         if (earlier := images.get(key)) is not None and earlier["file_name"] != name:
@@ -376,10 +391,20 @@ def _coco_images(path: str, entries: Sequence[dict[str, Any]], tally: Tally) -> 
     return images
 
 
+def _numbers(values: Any, what: str) -> np.ndarray:
+    """Numbers of a list, nested or not; NaN for null."""
+    try:
+        if not isinstance(values, list):
+            raise TypeError
+        return np.array(values, np.float64).ravel()
+    except (TypeError, ValueError):
+        raise UserError(f"{what} is {json.dumps(values)[:60]}; a list of numbers is expected") from None
+
+
 def _category(entry: dict[str, Any]) -> Category:
     points = entry.get("keypoints")
     names = tuple(map(str, points)) if isinstance(points, list) else ()
-    return Category(entry["id"], str(entry.get("name") or entry["id"]), names)
+    return Category(entry.get("id"), str(entry.get("name") or entry.get("id")), names)
 
 
 def _image_row(image: Mapping[str, Any], entry: Mapping[str, Any] | None = None) -> Row:
@@ -408,15 +433,20 @@ def _coco_row(
     """One annotation; None for an object of which nothing is said."""
     box = points = visible = None
     if entry.get("bbox"):
-        numbers = [float(value) for value in entry["bbox"]]
+        numbers = _numbers(entry["bbox"], f"{path}: {name}: bbox").tolist()
         if len(numbers) != 4:
             raise UserError(f"{path}: {name}: bbox has {len(numbers)} numbers; x, y, width and height are expected")
         x, y, width, height = numbers
         box = (x, y, x + width, y + height) if numbers != [-1] * 4 else None
+    category = next(iter(categories.values())) if len(categories) == 1 else None
+    if (identifier := entry.get("category_id")) is not None:
+        category = categories.get(_key(identifier), Category(identifier, str(identifier)))
     if entry.get("keypoints"):
-        triples = np.array(entry["keypoints"], np.float64)
-        if triples.size % 3:
-            raise UserError(f"{path}: {name}: keypoints has {triples.size} numbers; three for each point are expected")
+        triples = _numbers(entry["keypoints"], f"{path}: {name}: keypoints")
+        if triples.size % 3 or (category is not None and 0 < triples.size == 2 * len(category.points)):
+            raise UserError(
+                f"{path}: {name}: keypoints has {triples.size} numbers; x, y and visibility of each point are expected"
+            )
         triples = triples.reshape(-1, 3)
         points = np.where(triples[:, 2:] > 0, triples[:, :2], np.nan)
         visible = triples[:, 2] > 1
@@ -425,7 +455,4 @@ def _coco_row(
     if (box is None or not any(box)) and points is None:
         tally.add("objects without box and points left out", name)
         return None
-    category = None
-    if (identifier := entry.get("category_id")) is not None:
-        category = categories.get(_key(identifier), Category(identifier, str(identifier)))
     return replace(_image_row(image, entry), box=box, points=points, visible=visible, category=category)

@@ -72,7 +72,7 @@ def picture_count(path: Path) -> int | None:
 
 def _is_deep(file: Any) -> bool:
     """Whether a file opened by Pillow stores more than 8 bits for each value."""
-    if file.mode.startswith("I"):
+    if file.mode.startswith("I") or file.format == "JPEG2000":  # which does not say; its values do
         return True
     layouts = [str(tile[3]) for tile in getattr(file, "tile", ())]
     return any(";16" in layout or str(FULL) in layout for layout in layouts)

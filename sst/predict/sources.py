@@ -16,7 +16,14 @@ from sst.corpora.pictures import picture_count, white_level, white_note
 from sst.data.shards import MANIFEST, Manifest, decode, read_shard
 from sst.errors import UserError
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
+VIDEO_SUFFIXES = tuple(
+    ".mp4 .mov .avi .mkv .webm .m4v .wmv .asf .flv .mpg .mpeg .ts .mts .m2ts .vob .3gp .ogv .y4m .mjpeg .mjpg .h264 "
+    ".h265".split()
+)
+"""Files that are called so are videos; of others `_is_video` looks at the content."""
+
+COUNTED_SUFFIXES = (".mp4", ".mov", ".m4v", ".3gp", ".avi")
+"""Containers that store the number of frames; others derive it from their duration, and may be one off."""
 
 
 Box = tuple[float, float, float, float]
@@ -154,7 +161,7 @@ def _shards(url: str, boxes: str | None) -> Sources:
 def _is_video(name: str) -> bool:
     """Whether a file is a video: by its ending, or since Pillow reads no single picture of it and OpenCV opens it."""
     if name.lower().endswith(VIDEO_SUFFIXES):
-        return True
+        return not Path(name).is_dir()
     if name.lower().endswith(folder.IMAGE_SUFFIXES) or not Path(name).is_file():
         return False
     if (frames := picture_count(Path(name))) is not None:
@@ -177,6 +184,8 @@ def _video(name: str) -> Sources:
     rate = rate if 0 < rate < 1e4 else 25.0
     stored = packet_times(name)
     announced = max(0, int(min(video.get(cv2.CAP_PROP_FRAME_COUNT), 1e9)))
+    if not name.lower().endswith(COUNTED_SUFFIXES) and announced == len(stored) + 1:
+        announced = len(stored)
     numbers = FrameNumbers.of(stored, announced, rate)
     notes: list[str] = []
 
@@ -192,13 +201,13 @@ def _video(name: str) -> Sources:
             elif attempts >= len(stored):  # a frame that can't be decoded is passed over, the next may be whole
                 break
         video.release()
-        # A count that a container derives from its duration may be one off.
-        told = announced if announced > len(stored) + 1 else len(stored)
-        if read < told:
-            notes.append(
-                f"{name}: {told - read} of {told} frames are lost: the file is damaged or cut; the others keep their "
-                f"numbers{'' if numbers.known else ' only up to there, as it does not say which are missing'}"
+        if read < (told := max(announced, len(stored))):
+            others = (
+                "the others keep their numbers"
+                if numbers.known
+                else ("which, it does not say, so the others are numbered in their order")
             )
+            notes.append(f"{name}: {told - read} of {told} frames are lost, since the file is damaged or cut; {others}")
 
     return Sources(targets(), max(1, len(stored) or announced), True, rate, notes)
 
@@ -243,7 +252,7 @@ class FrameNumbers:
             announced: how many frames the file says that it has.
             rate: frames per second, as the file says.
         """
-        if announced <= len(times) + 1:
+        if announced <= len(times):
             return cls(times, None, known=True)
         places = np.array(times) * rate / 1000
         steady = len(times) > 0 and bool((np.abs(places - places.round()) < 0.25).all())

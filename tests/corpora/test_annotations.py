@@ -403,3 +403,79 @@ def test_a_name_means_the_one_picture_that_is_called_so(name, wanted):
 def test_two_names_of_one_picture_are_refused(tmp_path, squares):
     with pytest.raises(UserError, match=r"a/p0.jpg and b/p0.jpg are both the picture p0.jpg"):
         placed(tmp_path / "a.csv", "file,xmin,ymin,xmax,ymax\na/p0.jpg,1,1,9,9\nb/p0.jpg,1,1,9,9\n", squares)
+
+
+# What the readers were not made for at first
+
+
+@pytest.mark.parametrize("header", ["file,noseX,noseY,tailX,tailY", "file,x_nose,y_nose,x_tail,y_tail",
+                                    "Image,nose x,nose y,tail x,tail y"])  # fmt: skip
+def test_named_points_in_other_spellings(tmp_path, squares, header):
+    found = placed(tmp_path / "a.csv", f"{header}\np0.jpg,10,20,30,40\n", squares)
+    assert found.point_names == ("nose", "tail")
+    np.testing.assert_array_equal(found.rows[0].points, [[10, 20], [30, 40]])
+
+
+def test_a_size_of_the_image_beside_that_of_the_box(tmp_path, squares):
+    rows = [(512, 512, *(2 * v for v in box)) for box in BOXES]
+    found = placed(tmp_path / "a.csv", table("file,width,height,x,y,w,h", rows), squares)
+    assert boxes_of(found) == WANTED
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("file,xmin,ymin,xmax,ymax\n", "a header and no line below it"),
+        ("scorer,me,me\nbodyparts,nose,nose\n", "no column 'file'"),
+        ("file,xmin,ymin,xmax,ymax,xmax\np0.jpg,1,1,9,9,9\n", "xmax and xmax are called alike"),
+    ],
+)
+def test_tables_that_are_none(tmp_path, squares, text, said):
+    with pytest.raises(UserError, match=said):
+        placed(tmp_path / "a.csv", text, squares)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda c: c["annotations"][0].update(bbox="[1, 2, 3, 4]"),
+            "annotation 1: bbox is .* a list of numbers is exp",
+        ),
+        (lambda c: c["annotations"][0].update(bbox={"x": 1}), "annotation 1: bbox is .* a list of numbers is expected"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "annotation 1: bbox has 3 numbers"),
+        (lambda c: c["annotations"][0].update(keypoints=[1, 2, 3, 4]), "annotation 1: keypoints has 4 numbers"),
+        (lambda c: c["images"][0].update(id=None), "p0.jpg has no image id"),
+        (lambda c: c["images"][0].update(file_name=None), "image 100 has no file_name"),
+        (lambda c: c["annotations"].append(None), "not COCO keypoints JSON"),
+    ],
+)
+def test_coco_that_is_none(tmp_path, faces, change, said):
+    with pytest.raises(UserError, match=said):
+        placed(tmp_path / "a.json", changed(change), faces)
+
+
+def test_the_only_category_needs_no_identifier(tmp_path, faces):
+    def change(content):
+        content["categories"] = [{"name": "face", "keypoints": ["right", "left"]}]
+        for entry in content["annotations"]:
+            del entry["category_id"]
+
+    found = placed(tmp_path / "a.json", changed(change), faces)
+    assert found.point_names == ("right", "left") and boxes_of(found) == WANTED
+
+
+def test_pairs_without_visibility_are_not_read_as_triples(tmp_path, faces):
+    def change(content):
+        content["categories"][0]["keypoints"] = ["a", "b", "c"]
+        for entry in content["annotations"]:
+            entry["keypoints"] = [30, 30, 40, 40, 50, 50]
+
+    with pytest.raises(UserError, match="keypoints has 6 numbers; x, y and visibility"):
+        placed(tmp_path / "a.json", changed(change), faces)
+
+
+def test_a_box_with_null_in_it_is_counted(tmp_path, faces):
+    found = placed(tmp_path / "a.json", changed(lambda c: c["annotations"][0].update(bbox=[1, None, 3, 4])), faces)
+    assert boxes_of(found) == [None, *WANTED[1:]]
+    assert found.notes == ("boxes with a missing or infinite number: 1 (p0.jpg)",)

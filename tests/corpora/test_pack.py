@@ -131,8 +131,10 @@ def test_pictures_of_12_bits_in_16_are_stretched_alike_and_it_is_said(
 def test_the_bits_that_are_used_set_what_is_white(tmp_path: Path, most: int, white: int | None) -> None:
     deep(tmp_path / "a.png", np.full((40, 60), most, np.uint16))
     deep(tmp_path / "b.png", np.full((40, 60, 3), most // 2, np.uint16))
+    deep(tmp_path / "d.jp2", np.full((40, 60, 3), most // 2, np.uint16))
     save(tmp_path / "c.png")
     assert white_level([tmp_path / "a.png", tmp_path / "b.png", tmp_path / "c.png"]) == white
+    assert white_level([tmp_path / "d.jp2"]) == white_level([tmp_path / "b.png"])
     assert white_level([tmp_path / "c.png"]) is None
 
 

@@ -253,7 +253,7 @@ def test_a_video_with_damaged_frames_goes_on_after_them(tmp_path):
     assert set(range(40)) - set(found) == {10, 11, 25}
     assert all(abs(place - number) <= 1 for number, place in found.items())
     assert [note.partition(": ")[2] for note in sources.notes] == [
-        "3 of 40 frames are lost: the file is damaged or cut; the others keep their numbers"
+        "3 of 40 frames are lost, since the file is damaged or cut; the others keep their numbers"
     ]
 
 
@@ -265,6 +265,14 @@ def test_a_cut_video_says_what_it_has_lost(model_url, tmp_path, capsys):
     left = len(coco["images"])
     assert f"{40 - left} of 40 frames are lost" in capsys.readouterr().out and 15 < left < 30
     assert [entry["id"] for entry in coco["images"]] == list(range(1, left + 1))
+
+
+def test_a_single_frame_that_is_lost_is_said_too(tmp_path):
+    path = white_bar(tmp_path / "a.avi", "MJPG")
+    data = path.read_bytes()
+    path.write_bytes(data[: data.rindex(b"00dc", 0, data.rindex(b"idx1"))])  # the last frame and the index after it
+    sources = find_sources([str(path)])
+    assert len(bars(sources)) == 39 and "1 of 40 frames are lost" in sources.notes[0]
 
 
 def test_frames_that_a_container_has_lost_leave_a_gap_in_the_numbers(tmp_path):
