@@ -229,17 +229,17 @@ def place_annotations(found: Annotations, pictures: Mapping[str, Path], where: s
         UserError: if a file that is named is not there, a size contradicts the picture's, or most boxes or points are
             unusable.
     """
-    matched = match_names([*dict.fromkeys(row.file for row in found.rows)], pictures)
-    if missing := sorted({row.file for row in found.rows} - set(matched)):
+    named = dict.fromkeys(row.file for row in found.rows)
+    meant = match_names([*named, *(name for name in found.image_ids if name not in named)], pictures)
+    if missing := [name for name in named if name not in meant]:
         raise UserError(
-            f"{found.path}: {len(missing)} of {len({row.file for row in found.rows})} files named there are not "
-            f"{where}: {shown(missing)}"
+            f"{found.path}: {len(missing)} of {len(named)} files named there are not {where}: {shown(sorted(missing))}"
         )
-    also = match_names([name for name in found.image_ids if name not in matched], pictures)
     called: dict[str, str] = {}
-    for name, file in (matched | also).items():
+    for name, file in meant.items():
         if called.setdefault(file, name) != name:
             raise UserError(f"{found.path}: {called[file]} and {name} are both the picture {file}; say which is which")
+    matched = {name: meant[name] for name in named}
     tally = Tally()
     frames = {file: picture_frame(pictures[file]) for file in dict.fromkeys(matched.values())}
     rows = [replace(row, file=matched[row.file]) for row in found.rows]
@@ -266,29 +266,27 @@ def place_annotations(found: Annotations, pictures: Mapping[str, Path], where: s
 def match_names(names: Sequence[str], pictures: Iterable[str]) -> dict[str, str]:
     """Which picture an annotation file means by a name.
 
-    The same name; else, where exactly one picture is called alike, a name that has more or fewer leading folders
-    (tools write `images/default/1.jpg`, or a path of another machine). Backslashes separate folders too, and letters
-    may be composed (NFC) or not (NFD).
+    The same name; else, where exactly one picture that is left is called alike, a name that has more or fewer leading
+    folders (tools write `images/default/1.jpg`, or a path of another machine). Backslashes separate folders too, and
+    letters may be composed (NFC) or not (NFD).
 
     Returns:
         Names of pictures by the names that have one.
     """
     known = {_plain(picture): picture for picture in pictures}
+    matched = {name: known[plain] for name in names if (plain := _plain(name)) in known}
+    taken = set(matched.values())
     by_end: dict[str, list[tuple[tuple[str, ...], str]]] = defaultdict(list)
     for plain, picture in known.items():
-        parts = PurePosixPath(plain).parts
-        by_end[parts[-1] if parts else ""].append((parts, picture))
-    matched = {}
+        if picture not in taken and (parts := PurePosixPath(plain).parts):
+            by_end[parts[-1]].append((parts, picture))
     for name in names:
-        plain = _plain(name)
-        if plain in known:
-            matched[name] = known[plain]
+        if name in matched or not (parts := PurePosixPath(_plain(name)).parts):
             continue
-        parts = PurePosixPath(plain).parts
         alike = []
-        for other, picture in by_end.get(parts[-1] if parts else "", ()):
+        for other, picture in by_end[parts[-1]]:
             shared = min(len(parts), len(other))
-            if shared and parts[-shared:] == other[-shared:]:
+            if parts[-shared:] == other[-shared:]:
                 alike.append((shared, picture))
         best = [picture for shared, picture in alike if shared == max(alike)[0]]
         if len(best) == 1:

@@ -400,6 +400,12 @@ def test_a_name_means_the_one_picture_that_is_called_so(name, wanted):
     assert match_names([name], there).get(name) == wanted
 
 
+def test_a_picture_is_first_the_one_that_is_called_exactly_so():
+    assert match_names(["old/1.jpg", "1.jpg", "new/2.jpg"], ["1.jpg", "2.jpg"]) == {
+        "1.jpg": "1.jpg", "new/2.jpg": "2.jpg",
+    }  # fmt: skip
+
+
 def test_two_names_of_one_picture_are_refused(tmp_path, squares):
     with pytest.raises(UserError, match=r"a/p0.jpg and b/p0.jpg are both the picture p0.jpg"):
         placed(tmp_path / "a.csv", "file,xmin,ymin,xmax,ymax\na/p0.jpg,1,1,9,9\nb/p0.jpg,1,1,9,9\n", squares)
