@@ -148,6 +148,10 @@ def checked(found: Annotations, tally: Tally, category: str | None = None) -> An
     counts = {len(row.points) for row in rows if row.points is not None}
     if len(counts) > 1:
         raise UserError(f"{found.path}: all objects need equally many points, found {sorted(counts)}")
+    if counts:
+        tally.names["objects without points"] += [
+            row.file for row in rows if row.points is None and row.box is not None
+        ]
     splits: dict[str, str] = {}
     for row in rows:
         if row.split not in ("", "train", "test"):

@@ -262,6 +262,7 @@ def test_a_box_that_is_not_there_is_not_there(tmp_path, faces, nothing):
 def test_an_annotation_without_keypoints_is_not_annotated(tmp_path, faces, nothing):
     found = placed(tmp_path / "a.json", changed(lambda c: c["annotations"][2].update(keypoints=nothing)), faces)
     assert boxes_of(found) == WANTED and found.rows[2].points is None and found.rows[3].points is not None
+    assert found.notes == ("objects without points: 1 (p2.jpg)",)
 
 
 def test_a_track_outside_of_the_picture_is_no_object(tmp_path, faces):
