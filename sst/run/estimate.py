@@ -213,9 +213,10 @@ def stage_seconds(
 ) -> tuple[float, float, float]:
     """(seconds of a step, of an image in a pass, of the first ones beyond that) of a stage, in one worker."""
     network, clusters = settings.network.shape, settings.cluster.clusters
-    model: nn.Module = DetectorDescriptor(network) if stage == 1 else LandmarkDetector(network, clusters)
+    probabilities, kind = settings.stage2.objective == "focal", (settings.stage1, settings.stage2)[stage - 1].optimizer
+    model: nn.Module = DetectorDescriptor(network) if stage == 1 else LandmarkDetector(network, clusters, probabilities)
     model = laid_out(model, device, compiles).train()
-    update = Update(model, 1e-6, 0.0)
+    update = Update(model, 1e-6, 0.0, kind)
     total = settings.stage1.pairs if stage == 1 else settings.stage2.batch
     batch = random_batch(max(2, total // workers), settings.network.input_size, clusters).to(device)
     generator = torch.Generator(device).manual_seed(0)

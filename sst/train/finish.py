@@ -14,6 +14,7 @@ from sst.nn.network import LandmarkDetector
 from sst.train.consistency import equivariance_error, repeatability
 from sst.train.extraction import Predictions, predict_shard, shard_symmetry
 from sst.train.model import keep_landmarks, save_model
+from sst.train.refinement import agreement, spread_out
 from sst.train.run_directory import LandmarkRecord, RoundRecord, RunDirectory
 from sst.train.tools import Tools
 from sst.train.workers import Group
@@ -36,7 +37,7 @@ class Finisher:
             network: as training left it, one channel per cluster, in eval mode.
             record: of the last round, which tells the clusters that are landmarks.
         """
-        channels = self._steadiest(network, [channel for channel, active in enumerate(record.active) if active])
+        channels = self._chosen(network, [channel for channel, active in enumerate(record.active) if active])
         network = keep_landmarks(network, channels)
         shards = balanced(self.corpus.manifest.shards, self.group.world)[self.group.rank]
         metrics: dict[str, float] = {}
@@ -60,15 +61,20 @@ class Finisher:
             )
         self.group.wait()
 
-    def _steadiest(self, network: LandmarkDetector, channels: list[int]) -> list[int]:
+    def _chosen(self, network: LandmarkDetector, channels: list[int]) -> list[int]:
         """The channels to keep; all, unless `stage2.max_landmarks` bounds them."""
         maximum = self.settings.stage2.max_landmarks
         if maximum is None or len(channels) <= maximum:
             return channels
         kept: list[int] = []
         if self.group.rank == 0:
-            share = self._repeatability(keep_landmarks(network, channels), self.corpus.train[0])
-            kept = sorted(channels[number] for number in np.argsort(-share, kind="stable")[:maximum])
+            bounded = keep_landmarks(network, channels)
+            first, second = warped_twice(bounded, self.corpus, self.corpus.train[0], self.settings)
+            apart, radius = np.linalg.norm(first - second, axis=-1), self.settings.stage2.merge_radius
+            points = np.where((apart < radius)[..., None], first, np.nan)
+            found = agreement(points, np.full_like(points, np.nan), apart, radius)
+            chosen = spread_out(found, np.ones(len(channels), bool), maximum)
+            kept = [channel for channel, stays in zip(channels, chosen, strict=True) if stays]
         return list(self.group.gather(kept)[0])
 
     def _repeatability(self, network: LandmarkDetector, shard: ShardInfo) -> np.ndarray:

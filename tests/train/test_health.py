@@ -16,7 +16,7 @@ from cluster.rapids import CumlError
 from cluster.shards import Descriptors
 from sst.config import TrainSettings
 from sst.errors import Stopped, Unwell, UnwellError, exit_on_user_error
-from sst.nn.losses import landmark_levels, landmark_loss
+from sst.nn.losses import landmark_loss
 from sst.nn.network import LandmarkDetector, NetworkShape
 from sst.nn.optimizer import Update
 from sst.presets import PRESETS
@@ -206,8 +206,8 @@ def test_levels_are_those_of_a_map_of_zeros_and_of_the_highest_points():
     heat, points = torch.rand(3, 4, 16, 16), torch.rand(3, 5, 2) * 15
     cluster = torch.tensor([[0, 1, -1, -1, -1], [2, -1, 3, -1, -1], [-1] * 5])
     active = torch.tensor([True, True, True, False])
-    levels = landmark_levels(heat, points, cluster, active)
-    assert torch.allclose(levels["all_zero"], landmark_loss(torch.zeros_like(heat), points, cluster, active).mean())
+    _, levels = landmark_loss(heat, points, cluster, active)
+    assert torch.allclose(levels["all_zero"], landmark_loss(torch.zeros_like(heat), points, cluster, active)[0].mean())
     highest = [heat[0, 0].max(), heat[0, 1].max(), heat[1, 2].max()]
     assert float(levels["peak"]) == pytest.approx(float(sum(highest)) / 3)
 
@@ -246,7 +246,7 @@ def left_after_steps(weight_decay: float, rate: float = 4e-3, steps: int = 45) -
     for _ in range(steps):
         views, points = spots(1, generator)
         model.zero_grad()
-        landmark_loss(model(views), points, torch.arange(2)[None], active).mean().backward()
+        landmark_loss(model(views), points, torch.arange(2)[None], active)[0].mean().backward()
         update(rate)
     shares = [float(weight.detach().norm()) / first for weight, first in zip(convolutions, before, strict=True)]
     return float(np.median(shares))
