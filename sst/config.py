@@ -232,8 +232,11 @@ class Stage2Settings(Settings):
     flip_share: Share = Stage2Step.flip_share
     """Share of the images that are mirrored, once a merging has found which landmarks are left/right pairs; for objects
     with a plane of symmetry whose left and right the landmarks confuse."""
+    occlude_share: Share = Stage2Step.occlude_share
+    """Share of the images of which a rectangle is covered by part of another image, so that a landmark learns to answer
+    nothing where it is hidden."""
     max_landmarks: Positive | None = None
-    """At most so many landmarks are kept in the model: those found again most often after a random warp."""
+    """At most so many landmarks are kept: those found again most often after a random warp, spread over the object."""
     augmentation: Augmentation = Stage2Step.augmentation
     """Random changes of each image."""
 
@@ -330,6 +333,7 @@ class TrainSettings(Settings):
             precision=self.resources.precision,
             objective=self.stage2.objective,
             flip_share=self.stage2.flip_share,
+            occlude_share=self.stage2.occlude_share,
             augmentation=self.stage2.augmentation,
         )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sst.nn.augment import STRONGER, Augmentation, augment, warp_images
+from sst.nn.augment import STRONGER, Augmentation, augment, occlude, warp_images
 from sst.nn.losses import (
     Contrast,
     DetectorTarget,
@@ -72,19 +72,25 @@ class Stage2Step:
         precision: arithmetic of convolutions, see `sst.nn.precision`.
         objective: how heatmaps are compared with their targets, see `sst.nn.losses.heatmap_loss`.
         flip_share: share of the images that are mirrored, where partners are known (beyond the paper).
-        augmentation: random changes of each image.
+        occlude_share: share of the images of which a rectangle is covered: labels under it are hidden (beyond the
+        paper). augmentation: random changes of each image.
     """
 
     input_size: int = 256
     precision: Precision = "auto"
     objective: Objective = "squared"
     flip_share: float = 0.0
+    occlude_share: float = 0.0
     augmentation: Augmentation = STRONGER
 
 
 STAGE2_SCALE = 2.0
 """The published step adds the gradients of two halves of the batch, each of its mean loss: twice that of the mean over
 all, which RMSprop does not see, but the weight decay beside it does."""
+
+
+OUT_OF_VIEW = -1e3
+"""A place at which no bump reaches the view, in heatmap units."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +239,7 @@ def stage2_losses(
 ) -> Losses:
     """Loss of one step of stage 2 (paper, section 3.3).
 
-    A channel whose label the augmentation moves out of the view learns to answer nothing there.
+    A channel whose label the augmentation moves out of the view, or covers, learns to answer nothing there.
 
     Args:
         model: `LandmarkDetector`, perhaps wrapped for DDP.
@@ -259,6 +265,9 @@ def stage2_losses(
         step.augmentation,
         generator,
     )
+    if step.occlude_share:
+        views, hidden = occlude(views, points, step.occlude_share, generator)
+        points = torch.where(hidden[..., None], OUT_OF_VIEW, points)
     with autocast(batch.images.device, step.precision):
         heat = model(views)
     loss, seen = landmark_loss(heat, points, cluster, active_K, step.objective)

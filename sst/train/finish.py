@@ -7,16 +7,17 @@ import numpy as np
 from cluster import storage
 from sst.config import TrainSettings
 from sst.data.corpus import Corpus
-from sst.data.loader import balanced
+from sst.data.loader import balanced, shard_batches
 from sst.data.shards import ShardInfo, read_shard
-from sst.nn.geometry import SCORING_SIZE
+from sst.nn.geometry import SCORING_SIZE, STRIDE
 from sst.nn.network import LandmarkDetector
 from sst.train.consistency import equivariance_error, repeatability
-from sst.train.extraction import Predictions, predict_shard, shard_symmetry
+from sst.train.extraction import BATCH, Predictions, predict_shard, shard_symmetry
 from sst.train.model import keep_landmarks, save_model
-from sst.train.refinement import agreement, spread_out
+from sst.train.refinement import agreed, agreement, spread_out
 from sst.train.run_directory import LandmarkRecord, RoundRecord, RunDirectory
 from sst.train.tools import Tools
+from sst.train.visibility import calibrated, logistic, trials
 from sst.train.workers import Group
 
 
@@ -39,6 +40,8 @@ class Finisher:
         """
         channels = self._chosen(network, [channel for channel, active in enumerate(record.active) if active])
         network = keep_landmarks(network, channels)
+        if network.probabilities:
+            self._calibrate(network)
         shards = balanced(self.corpus.manifest.shards, self.group.world)[self.group.rank]
         metrics: dict[str, float] = {}
         for done, shard in enumerate(shards, start=1):
@@ -76,6 +79,25 @@ class Finisher:
             chosen = spread_out(found, np.ones(len(channels), bool), maximum)
             kept = [channel for channel, stays in zip(channels, chosen, strict=True) if stays]
         return list(self.group.gather(kept)[0])
+
+    def _calibrate(self, network: LandmarkDetector) -> None:
+        """Makes confidences the probability of being visible, by images of one shard; see `sst.train.visibility`."""
+        found = np.ones(network.landmark.out.out_channels), np.zeros(network.landmark.out.out_channels)
+        if self.group.rank == 0:
+            two, size, shard = self.settings.stage2, self.settings.network.input_size, self.corpus.train[0]
+            plain, again = (predict_shard(network, self.corpus, shard, self.settings, seed) for seed in (None, 1))
+            sure, still = (each.confidence >= two.refine_confidence for each in (plain, again))
+            points = agreed(plain.points, sure, again.points, still, two.refine_radius)
+            tried = trials(
+                network,
+                shard_batches(self.corpus.url, shard, size, BATCH),
+                points * (size / SCORING_SIZE / STRIDE),
+                input_size=size,
+                precision=self.settings.resources.precision,
+                seed=self.settings.seed,
+            )
+            found = logistic(tried)
+        calibrated(network, *self.group.gather(found)[0])
 
     def _repeatability(self, network: LandmarkDetector, shard: ShardInfo) -> np.ndarray:
         points = warped_twice(network, self.corpus, shard, self.settings)
