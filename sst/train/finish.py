@@ -1,5 +1,6 @@
 """The end of training: the landmark model, its landmarks on every image, and what they tell without annotations."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,14 +12,17 @@ from sst.data.loader import balanced, shard_batches
 from sst.data.shards import ShardInfo, read_shard
 from sst.nn.geometry import SCORING_SIZE, STRIDE
 from sst.nn.network import LandmarkDetector
-from sst.train.consistency import equivariance_error, repeatability
+from sst.train.consistency import coverage, equivariance_error, repeatability
 from sst.train.extraction import BATCH, Predictions, predict_shard, shard_symmetry
 from sst.train.model import keep_landmarks, save_model
-from sst.train.refinement import agreed, agreement, spread_out
+from sst.train.refinement import agreed, agreement, points_of, spread_out
 from sst.train.run_directory import LandmarkRecord, RoundRecord, RunDirectory
 from sst.train.tools import Tools
 from sst.train.visibility import calibrated, logistic, trials
 from sst.train.workers import Group
+
+REACH = 16.0
+"""Pixels of a 256 px view within which a landmark tells of a place: a sixteenth of the view, half an eye on a face."""
 
 
 @dataclass(frozen=True)
@@ -117,15 +121,26 @@ class Finisher:
         self.run.write_landmarks(record)
 
     def _metrics(self, network: LandmarkDetector, shard: ShardInfo, predicted: Predictions) -> dict[str, float]:
-        """What one shard tells without annotations: visibility, what of its images the boxes cover, equivariance."""
+        """What one shard tells without annotations: visibility, what of its images the boxes cover, equivariance,
+        coverage."""
         first, second = warped_twice(network, self.corpus, shard, self.settings, predicted)
         error = equivariance_error(first, second, SCORING_SIZE)
         boxes = [sample.box_share for sample in read_shard(f"{self.corpus.url}/{shard.file}", shard.sha256)]
         metrics = {
             "visible_share": float(np.isfinite(first[..., 0]).mean()) if first.size else 0.0,
             "box_share": float(np.mean(boxes)),
+            "coverage": self._coverage(shard, first),
+            "equivariance_error": error,
         }
-        return metrics | ({"equivariance_error": error} if np.isfinite(error) else {})
+        return {name: value for name, value in metrics.items() if np.isfinite(value)}
+
+    def _coverage(self, shard: ShardInfo, visible_NK2: np.ndarray) -> float:
+        """See `sst.train.consistency.coverage`; of the last labels that descriptors gave, NaN on test images."""
+        if shard.split != "train":
+            return math.nan
+        last = max((each for each in self.run.records() if each.thresholds is not None), key=lambda each: each.number)
+        structure = points_of(self.run.labels(last, shard.file), len(last.active), self.settings.network.input_size)
+        return coverage(structure, visible_NK2, REACH)
 
 
 def warped_twice(
