@@ -67,8 +67,11 @@ def learning_rate(settings: TrainSettings, phase: Phase, step: int) -> float:
 
     Stage 1: constant in the warm-up; each round is cut into `cosine_steps` equal parts, at whose beginnings the rate
     falls along a cosine that would reach its floor where the next round begins. Stage 2: a tenth after each
-    milestone. Source: Mallis et al. 2020, section 4, and its published code.
+    milestone. Source: Mallis et al. 2020, section 4, and its published code. Without milestones (beyond the paper) the
+    rate of stage 2 falls to nothing along a cosine in every phase, so that the next labels come from settled weights.
     """
+    if phase.stage == 2 and not settings.stage2.milestones:
+        return settings.stage2.learning_rate * 0.5 * (1 + math.cos(math.pi * step / phase.steps))
     if phase.stage == 2:
         passed = sum(phase.stage_step + step >= milestone for milestone in settings.stage2.milestones)
         return settings.stage2.learning_rate * 0.1**passed

@@ -16,6 +16,7 @@ from sst.nn.losses import (
     landmark_loss,
     landmark_target,
     sample_descriptors,
+    softmax_loss,
 )
 
 
@@ -140,3 +141,28 @@ def test_focal_loss_of_a_detector_counts_every_label_of_an_image():
     )
     expected = (0.1**2 * -math.log(0.9) + 0.5**2 * -math.log(0.5) + background) / 2
     assert float(heatmap_loss(heat, target, "focal")) == pytest.approx(expected, rel=1e-4)
+
+
+def test_softmax_loss_is_that_of_supervised_contrast_written_as_a_loop():
+    """Over the whole batch; points outside of their view and padding neither name others nor are named."""
+    generator = torch.Generator().manual_seed(1)
+    first, second = torch.randn(2, 3, 4, generator=generator), torch.randn(2, 4, 4, generator=generator)
+    c1, c2 = torch.tensor([[0, 1, -1], [2, 0, 5]]), torch.tensor([[1, 0, 3, -1], [0, 2, 1, 4]])
+    in1 = torch.tensor([[True, True, True], [True, False, True]])
+    in2 = torch.tensor([[True, True, True, True], [True, True, False, True]])
+    ours = softmax_loss(first, second, Labelled(c1, in1), Labelled(c2, in2), 0.3)
+    candidates = [(b, m) for b in range(2) for m in range(4) if c2[b, m] >= 0 and in2[b, m]]
+    terms = []
+    for b in range(2):
+        for n in range(3):
+            if c1[b, n] < 0 or not in1[b, n]:
+                continue
+            cosines = {
+                place: float(torch.cosine_similarity(first[b, n], second[place], dim=0)) / 0.3 for place in candidates
+            }
+            whole = math.log(sum(map(math.exp, cosines.values())))
+            named = [place for place in candidates if c2[place] == c1[b, n]]
+            if named:
+                terms.append(-sum(cosines[place] - whole for place in named) / len(named))
+    assert int(ours.terms) == len(terms) == 3
+    assert float(ours.mean()) == pytest.approx(np.mean(terms), rel=1e-5)
