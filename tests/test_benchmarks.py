@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
-from benchmarks import fullsize, gpu, labels, objective
+from benchmarks import ablation, fullsize, gpu, labels, objective
 from benchmarks.checks import DidNotHold, NotRunHere, checked, isolated, job, report
 from benchmarks.fullsize import Scale, schedule, train_words
 from benchmarks.round import rounds_of
@@ -152,6 +152,57 @@ def test_labels_of_nothing_give_no_perfect_landmarks():
     assert labels.score_labels(noise, points, PROTOCOLS["toy"]).perfect > guess
     told = labels.score_labels(points + rng.normal(0, 3, points.shape), points, PROTOCOLS["toy"])
     assert told.perfect < told.forward < 0.2 * guess
+
+
+def test_an_ablation_trains_what_has_no_row_yet_and_sums_up_its_rows(tmp_path, capsys, monkeypatch):
+    urls, file = [str(tmp_path / name) for name in ("toy", "other")], tmp_path / "out" / "rows.jsonl"
+    for number, url in enumerate(urls):
+        write_toy(url, train=2 + number, test=1)
+    same, wide = {"cluster.clusters": SETTINGS.cluster.clusters}, {"cluster.clusters": 9}
+    long = {"stage1.warmup_iterations": ablation.Times(0.5)}
+    monkeypatch.setattr(ablation, "CHOICES", {"wide": wide, "same": same, "long": long})
+    other = ablation.changed(SETTINGS, wide)
+    bases = [ablation.Basis("toy", urls[0], SETTINGS), ablation.Basis("other", urls[1], other)]
+
+    def tasks():
+        return [task for seed in (0, 1) for basis in bases for task in basis.tasks(("wide", "same", "long"), seed)]
+
+    assert [(task.corpus, task.choice) for task in tasks()[:6]] == [
+        ("toy", "base"), ("toy", "wide"), ("toy", "long"), ("other", "base"), ("other", "same"), ("other", "long"),
+    ]  # fmt: skip
+    assert tasks()[2].settings.stage1.warmup_iterations == SETTINGS.stage1.warmup_iterations / 2
+    assert len({task.key for task in tasks()}) == 12 and len({task.name for task in tasks()}) == 12
+    trained, broken = [], {("toy", "long", 1): DidNotHold("out of memory"), ("other", "long", 1): KeyboardInterrupt()}
+
+    def train_as_if(task):
+        what = (task.corpus, task.choice, task.settings.seed)
+        trained.append(what)
+        if what in broken:
+            raise broken[what]
+        forward = {"base": 0.05, "wide": 0.04, "same": None, "long": 0.06}[task.choice]
+        return ablation.Row(
+            choice=task.choice, corpus=task.corpus, seed=what[2], key=task.key, commit="abc",
+            forward=forward and forward + 0.01 * what[2], backward=0.03, kept=10 + what[2], seconds=60 + 40 * what[2],
+        )  # fmt: skip
+
+    with pytest.raises(KeyboardInterrupt):
+        ablation.finish(tasks(), file, train_as_if)
+    assert len(trained) == 12 and len(file.read_text().splitlines()) == 10
+    told = capsys.readouterr()
+    assert "11 runs to go, about 11:00" in told.out and "toy-long-1" in told.out and "out of memory" in told.err
+    broken.clear()
+    trained.clear()
+    rows = ablation.finish(tasks(), file, train_as_if)
+    assert trained == [("toy", "long", 1), ("other", "long", 1)] and len(rows) == 12
+    long["stage1.warmup_iterations"] = ablation.Times(2)
+    trained.clear()
+    rows = ablation.finish(tasks(), file, train_as_if)
+    assert [what[1] for what in trained] == ["long"] * 4
+    header, lines = ablation.table(tasks(), rows)
+    assert header[:2] == ["choice", "toy: forward, %"] and header[-1] == "other: seconds"
+    assert lines[0][:5] == ["base", "5.50 (5.00 to 6.00)", "3.00 (3.00 to 3.00)", "10 (10 to 11)", "80 (60 to 100)"]
+    assert lines[1][5:] == ["as base"] * 4
+    assert lines[3][:2] == ["same", "as base"] and lines[3][5] == "none (none to none)"
 
 
 def raising(error: Exception):
