@@ -49,10 +49,24 @@ class Times:
 
 
 CHOICES: dict[str, dict[str, Any]] = {
+    "squared error in stage 2": {
+        "stage2.objective": "squared",
+        "stage2.optimizer": "rmsprop",
+        "stage2.learning_rate": 5e-4,
+        "stage2.weight_decay": 0.0,
+        "stage2.visible": 0.2,
+    },
+    "old labels united": {"stage1.unite": True},
+    "no refinement": {"stage2.refine_rounds": 0, "stage2.iterations": Times(4)},
+    "as many clusters as landmarks": {"cluster.clusters": Times(2 / 3)},
+    "three clusters a landmark": {"cluster.clusters": Times(2)},
+    "mirrored views": {"stage1.flip_share": 0.5, "stage2.flip_share": 0.5},
+    "nothing covered": {"stage2.occlude_share": 0.0},
+    "focal loss in the detector": {"stage1.detector_objective": "focal", "stage1.threshold": 0.25},
+    "softmax contrast": {"stage1.contrast": "softmax", "stage1.descriptor_weight": 0.1},
+    "warm-up on points": {"stage1.warmup_classes": "points"},
     "half the warm-up": {"stage1.warmup_iterations": Times(0.5)},
     "twice the warm-up": {"stage1.warmup_iterations": Times(2)},
-    "20 clusters": {"cluster.clusters": 20},
-    "45 clusters": {"cluster.clusters": 45},
     "detector draws cells": {"stage1.detector_target": "cell"},
     "cluster numbers afresh": {"cluster.keep_identities": False},
 }

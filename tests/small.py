@@ -106,7 +106,7 @@ def train_locally(corpus_url: str, run_url: str, tools: Tools, settings: TrainSe
     make_first_round(settings, corpus, run, tools)
     trainer = Trainer(settings, corpus, run, Group(), tools)
     network = trainer()
-    Finisher(trainer.settings, corpus, run, Group(), tools)(network, run.record(trainer.phases[-1].round))
+    Finisher(trainer.settings, corpus, run, Group(), tools)(network, run.records()[-1])
     return trainer
 
 

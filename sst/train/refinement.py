@@ -17,6 +17,12 @@ from sst.nn.geometry import SCORING_SIZE, STRIDE
 LOST = 0.5
 """A landmark that agrees with itself in less than this share of the images that had its label is set back."""
 
+PATIENCE = 4
+"""Refinements without a gain after which there are no more."""
+
+GAIN = 0.01
+"""Share by which answers must agree better than ever before for it to be a gain: less is noise of the warps."""
+
 FAR_APART = 0.125
 """Share of the view from which landmarks are far enough apart: beyond, more distance makes none the better choice."""
 
@@ -177,3 +183,13 @@ def kept_landmarks(
     mapping = merge_plan(Overlap(count_K, near_KK), np.where(active_K, population_K, -1), share)
     own_place = active_K & (mapping == np.arange(len(mapping)))
     return own_place if wanted is None else spread_out(found, own_place, wanted)
+
+
+def settled(errors: list[float]) -> bool:
+    """Whether refinements have ceased to gain.
+
+    Args:
+        errors: for each so far, how far answers on images and on their warped copies lie apart.
+    """
+    before, last = errors[:-PATIENCE], errors[-PATIENCE:]
+    return bool(before) and min(last) > (1 - GAIN) * min(before)

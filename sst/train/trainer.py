@@ -25,6 +25,7 @@ from sst.nn.steps import Batch, Losses, stage1_losses, stage2_losses
 from sst.train.checkpoint import latest_checkpoint, weights_hash, write_checkpoint
 from sst.train.health import Watch, dead_scales, signs
 from sst.train.meters import Meter, Skips
+from sst.train.refinement import settled
 from sst.train.rounds import RoundMaker
 from sst.train.run_directory import RoundRecord, RunDirectory
 from sst.train.schedule import Phase, derived_seed, learning_rate, plan
@@ -85,6 +86,9 @@ class Trainer:
         first, done = self._restore()
         for index, phase in enumerate(self.phases[first:], start=first):
             record = self.run.record(phase.round)
+            if phase.refines and settled(self._agreement()):
+                self.tools.log({"kind": "settled", "round": record.number})
+                break
             if self._unwell(record.line() if record.kind == "correspondence" else None):
                 raise Unwell
             if phase.stage == 2 and isinstance(self.learner.network, DetectorDescriptor):
@@ -96,6 +100,10 @@ class Trainer:
             if index + 1 < len(self.phases) and not self.run.has_round(phase.round + 1):
                 self._make_round(rounds, record, self.phases[index + 1])
         return cast(LandmarkDetector, self.learner.network.eval())
+
+    def _agreement(self) -> list[float]:
+        """Per refinement so far, how far answers on images and on their warped copies lie apart, in % of the view."""
+        return [each.metrics["equivariance_error"] for each in self.run.records() if each.kind == "refinement"]
 
     def _make_round(self, rounds: RoundMaker, record: RoundRecord, following: Phase) -> None:
         """Makes the labels that the following phase is trained on."""

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.shards import Labels
-from sst.train.refinement import agreed, agreement, kept_landmarks, labels_of, points_of, set_back, spread_out
+from sst.train.refinement import agreed, agreement, kept_landmarks, labels_of, points_of, set_back, settled, spread_out
 
 NAN = float("nan")
 
@@ -107,3 +107,18 @@ def test_an_image_without_labels_is_one():
     assert np.isnan(
         points_of(Labels(np.zeros(4, np.int64), np.zeros((0, 2), np.float32), *[np.zeros(0, np.int16)] * 2), 2, 96)
     ).all()
+
+
+@pytest.mark.parametrize(
+    ("errors", "ends"),
+    [
+        ([], False),
+        ([3.0], False),
+        ([0.9, 0.8, 0.7, 0.6, 0.5, 0.4], False),
+        ([0.9, 0.8, 0.81, 0.80, 0.80], False),  # the best is among the last four
+        ([0.9, 0.8, 0.81, 0.80, 0.80, 0.799], True),
+        ([0.9, 0.8, 0.81, 0.80, 0.80, 0.78], False),
+    ],
+)
+def test_refinements_end_when_four_in_a_row_bring_nothing(errors, ends):
+    assert settled(errors) == ends

@@ -357,3 +357,14 @@ def test_a_run_without_a_cluster_of_enough_labels_says_so_before_stage_2(corpus,
     settings = SETTINGS.changed(stage2=SETTINGS.stage2.changed(min_population=100_000))
     with pytest.raises(ValueError, match="no cluster has more than 100000 labels .* --stage2.min-population"):
         train_locally(corpus, str(tmp_path), local_tools([]), settings)
+
+
+def test_refinements_that_no_longer_gain_are_left_out_and_a_resumed_run_knows_it(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("sst.train.trainer.settled", lambda errors: len(errors) >= 2)
+    lines, settings = [], SETTINGS.changed(stage2=SETTINGS.stage2.changed(refine_rounds=5))
+    train_locally(corpus, str(tmp_path), local_tools(lines), settings)
+    kinds = [record.kind for record in RunDirectory(str(tmp_path)).records()]
+    assert kinds.count("refinement") == 2 and [line["round"] for line in lines if line["kind"] == "settled"] == [7]
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    train_locally(corpus, str(tmp_path), local_tools([]), settings)
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
