@@ -314,14 +314,12 @@ class Command:
             raise UserError(f"no choice is called {unknown[0]!r}; there are {', '.join(CHOICES)}")
         bases, choices = self.bases(), self.only or tuple(CHOICES)
         tasks = [task for seed in self.seeds for basis in bases for task in basis.tasks(choices, seed)]
-        tasks.sort(key=lambda task: self.seeds.index(task.settings.seed))
         title = machine()
         print(f"{title}; idle before: {100 * idle_share():.0f} %", flush=True)
         train = partial(train_apart, out=str(self.out), commit=title.rsplit(", ", 1)[1])
         rows = finish(tasks, self.out / "rows.jsonl", train)
-        print(
-            f"\n{title}; schedules x {self.share:g}; commits of the rows: {', '.join({row.commit for row in rows})}\n"
-        )
+        commits = ", ".join(sorted({row.commit for row in rows.values()}))
+        print(f"\n{title}; schedules x {self.share:g}; commits of the rows: {commits}\n")
         print_table(*table(tasks, rows))
         return 0 if len(rows) == len(tasks) else 1
 

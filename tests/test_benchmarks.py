@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -21,6 +22,7 @@ from cluster.shards import Labels
 from jobs import train
 from sst.data.corpus import Corpus, open_corpus
 from sst.data.shards import Manifest, SampleMeta, ShardWriter
+from sst.errors import UserError
 from sst.report.evaluation import PROTOCOLS
 from sst.run.claim import claim
 from sst.run.metrics import MetricsFile
@@ -203,6 +205,26 @@ def test_an_ablation_trains_what_has_no_row_yet_and_sums_up_its_rows(tmp_path, c
     assert lines[0][:5] == ["base", "5.50 (5.00 to 6.00)", "3.00 (3.00 to 3.00)", "10 (10 to 11)", "80 (60 to 100)"]
     assert lines[1][5:] == ["as base"] * 4
     assert lines[3][:2] == ["same", "as base"] and lines[3][5] == "none (none to none)"
+
+
+def test_an_ablation_names_what_failed_in_its_exit_code(tmp_path, capsys, monkeypatch):
+    write_toy(str(tmp_path / "shards"), train=2, test=1)
+
+    def train_as_if(task, out, commit):
+        if task.settings.seed:
+            raise DidNotHold("out of memory")
+        row = {"choice": task.choice, "corpus": task.corpus, "seed": 0, "key": task.key, "commit": commit}
+        return ablation.Row(**row, forward=0.0512, backward=None, kept=9, seconds=60)
+
+    monkeypatch.setattr(ablation, "train_apart", train_as_if)
+    given = ablation.Command(corpus=str(tmp_path / "shards"), drawings=0, only=("45 clusters",), out=tmp_path)
+    assert given.run() == 1 and replace(given, seeds=(0,)).run() == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("| 45 clusters")]
+    assert table == ["| 45 clusters | 5.12 | none | 9 | 60 |".split()] * 2
+    with pytest.raises(UserError, match="no choice is called 'clusters'; there are half the warm-up, "):
+        replace(given, only=("clusters",)).run()
+    with pytest.raises(UserError, match="--corpus or some --drawings"):
+        replace(given, corpus=None).run()
 
 
 def raising(error: Exception):
