@@ -33,6 +33,7 @@ OURS_2 = Stage2Settings(
     optimizer="adamw",
     learning_rate=1e-3,
     batch=16,
+    milestones=(),
     weight_decay=1e-4,
     merge_after=0,
     merge_share=0.5,
@@ -62,9 +63,7 @@ PRESETS: dict[str, tuple[str, TrainSettings]] = {
             keypoints=KeypointSettings(outlier_reference=10_000, outlier_neighbours=7),
             cluster=ClusterSettings(clusters=45, sample=100_000),
             stage1=OURS_1.changed(warmup_iterations=500, rounds=4, round_iterations=200),
-            stage2=OURS_2.changed(
-                iterations=600, refine_rounds=20, milestones=(3_300,), min_population=195, max_landmarks=30
-            ),
+            stage2=OURS_2.changed(iterations=600, refine_rounds=20, min_population=195, max_landmarks=30),
             resources=ResourceSettings(checkpoint_steps=200),
         ),
     ),
@@ -79,7 +78,6 @@ PRESETS: dict[str, tuple[str, TrainSettings]] = {
                 batch=32,
                 refine_rounds=12,
                 refine_iterations=300,
-                milestones=(4_000,),
                 min_population=195,
                 max_landmarks=30,
             ),
@@ -92,9 +90,7 @@ PRESETS: dict[str, tuple[str, TrainSettings]] = {
             keypoints=KeypointSettings(outlier_share=0.2, outlier_reference=5_000, outlier_neighbours=7),
             cluster=ClusterSettings(clusters=36, sample=50_000),
             stage1=OURS_1.changed(warmup_iterations=300, rounds=2, round_iterations=120),
-            stage2=OURS_2.changed(
-                iterations=200, refine_rounds=4, milestones=(700,), min_population=60, max_landmarks=24
-            ),
+            stage2=OURS_2.changed(iterations=200, refine_rounds=4, min_population=60, max_landmarks=24),
             resources=ResourceSettings(checkpoint_steps=200),
         ),
     ),
