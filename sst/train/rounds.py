@@ -238,6 +238,7 @@ class RoundMaker:
                     "clusters_in_use": int(kept.sum()),
                     "merged": int(active.sum() - kept.sum()),
                     "set_back": int(back.sum()),
+                    "set_back_share": float(back.sum() / max(1, kept.sum())),
                     "equivariance_error": float(
                         100 / SCORING_SIZE * found.error[kept].sum() / max(1, found.found[kept].sum())
                     ),

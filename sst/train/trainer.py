@@ -89,7 +89,7 @@ class Trainer:
             if phase.refines and settled(self._agreement()):
                 self.tools.log({"kind": "settled", "round": record.number})
                 break
-            if self._unwell(record.line() if record.kind == "correspondence" else None):
+            if self._unwell(record.line() if record.kind in ("correspondence", "refinement") else None):
                 raise Unwell
             if phase.stage == 2 and isinstance(self.learner.network, DetectorDescriptor):
                 self._start_stage2(record)

@@ -15,6 +15,7 @@ from cluster.kmeans import KMeansResult, KMeansSettings
 from cluster.rapids import CumlError
 from cluster.shards import Descriptors
 from sst.config import TrainSettings
+from sst.data.corpus import Corpus
 from sst.errors import Stopped, Unwell, UnwellError, exit_on_user_error
 from sst.nn.losses import landmark_loss
 from sst.nn.network import LandmarkDetector, NetworkShape
@@ -26,6 +27,7 @@ from sst.run.distributed import kmeans_backend, ray_tools, why_unwell
 from sst.run.metrics import MetricsFile
 from sst.run.own import Machine, choose
 from sst.train import health, trainer
+from sst.train.extraction import Predictions
 from sst.train.health import Watch, dead_scales, kept_shares, signs
 from sst.train.run_directory import RunDirectory
 from sst.train.tools import Tools
@@ -318,6 +320,37 @@ def test_a_warning_is_shown_at_once_and_again_in_the_report_and_decides_the_exit
     with pytest.raises(SystemExit) as ended, exit_on_user_error():
         raise UnwellError(reason)
     assert ended.value.code == 4 and "round 2" in capsys.readouterr().err
+
+
+def test_refinements_that_set_most_landmarks_back_are_known_at_once():
+    watch = Watch(signs(PRESETS["faces-cpu"][1]))
+    assert watch.look({"kind": "round", "round": 6, "made_by": "refinement", "set_back_share": 1 / 30}) == []
+    (found,) = watch.look({"kind": "round", "round": 7, "made_by": "refinement", "set_back_share": 17 / 30})
+    assert found.sign.name == "landmarks set back" and "57%" in found.text and found.sign.ends
+
+
+def test_a_network_that_answers_places_of_the_view_is_ended_in_its_first_refinement(corpus, tmp_path, monkeypatch):
+    """Answers that do not move with the image: after a warp they lie elsewhere on it."""
+    constant = np.random.default_rng(0).uniform(60, 200, (1, SETTINGS.cluster.clusters, 2)).astype(np.float32)
+
+    def predicted(model, corpus, shard, settings, warp_seed=None, mirrored=False):
+        shift = 0 if warp_seed is None else 40
+        points = np.repeat(constant + shift, shard.samples, 0)
+        return Predictions(points, np.ones(points.shape[:2], np.float32))
+
+    monkeypatch.setattr("sst.train.rounds.predict_shard", predicted)
+    two = SETTINGS.stage2.changed(merge_after=0, refine_rounds=2, refine_radius=6.0)
+    lines: list[dict] = []
+    with pytest.raises(Unwell):
+        train_locally(corpus, str(tmp_path), local_tools(lines), unwell(SETTINGS.changed(stage2=two)))
+    assert [line["sign"] for line in lines if line["kind"] == "health"] == ["landmarks set back"]
+    record = RunDirectory(str(tmp_path)).records()[-1]
+    assert record.metrics["set_back"] == record.metrics["clusters_in_use"] > 0
+    before = RunDirectory(str(tmp_path)).records()[-2]
+    shard = Corpus.open(corpus).train[0].file
+    run = RunDirectory(str(tmp_path))
+    kept = np.array(before.active)[run.labels(before, shard).cluster]
+    np.testing.assert_array_equal(run.labels(record, shard).points, run.labels(before, shard).points[kept])
 
 
 def test_figures_that_are_not_numbers_are_no_sign():
