@@ -114,7 +114,7 @@ SIGNS = (
         0.5,
         False,
         "sound refinements set back none or one of thirty; half means that answers no longer follow the images",
-        "{0:.0%} of the landmarks agreed with themselves in few of the images that had a label, or slid off their labels",
+        "{0:.0%} of the landmarks agreed with themselves in few of the images with a label, or slid off their labels",
         "the network answers places of the view, not of the object, or has not learnt enough to refine itself",
         "lengthen stage 2 (--stage2.iterations), or lower --stage2.learning-rate",
     ),
