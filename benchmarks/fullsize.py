@@ -58,8 +58,8 @@ MIN_ROUND, MAX_ROUNDS = 100, 8
 MIN_IMAGES, MAX_IMAGES = 64, 1500
 """Fewer than the least give too few descriptors for the clusters; more than the most make passes longer, not better."""
 
-MERGINGS = 4
-"""Of stage 2: at a third of it, and then after each sixth."""
+REFINEMENT, MAX_REFINEMENTS = 60, 6
+"""Steps of a refinement, and how many there are at most; they have half of stage 2 where that is long enough."""
 
 MIN_LABELS = 0.5
 MIN_LANDMARKS, VISIBLE_IMAGES = 12, 0.8
@@ -151,23 +151,28 @@ class Schedule:
     round_steps: int
     stage2: int
 
+    @property
+    def refinements(self) -> int:
+        """Rounds of stage 2 in which the landmarks refine themselves."""
+        return max(1, min(MAX_REFINEMENTS, self.stage2 // (2 * REFINEMENT)))
+
 
 def schedule(minutes: float, scale: Scale) -> Schedule:
     """The schedule for so many minutes: a quarter of them for passes over the images, the rest for steps.
 
     As many rounds as leave each its least steps; one at least. A pass without gradients takes a third of a step's time
-    per image, and there is one after the warm-up and each round and merging, and three at the end.
+    per image, and there is one after the warm-up and each round, two for each refinement, and three at the end.
     """
     steps = scale.steps(minutes)
     in_rounds = int((STAGE_1 - WARM_UP) * steps)
     rounds = max(1, min(MAX_ROUNDS, in_rounds // MIN_ROUND))
-    images = int(0.25 * scale.seconds(minutes) / ((rounds + MERGINGS + 4) * scale.image / 3))
+    images = int(0.25 * scale.seconds(minutes) / ((rounds + 2 * MAX_REFINEMENTS + 4) * scale.image / 3))
     return Schedule(
         images=max(MIN_IMAGES, min(MAX_IMAGES, images)),
         warm_up=max(2, int(WARM_UP * steps)),
         rounds=rounds,
         round_steps=max(2, in_rounds // rounds),
-        stage2=max(12, int((1 - STAGE_1) * steps)),
+        stage2=max(REFINEMENT + 12, int((1 - STAGE_1) * steps)),
     )
 
 
@@ -181,14 +186,12 @@ def train_words(plan: Schedule, scale: Scale, out: Path, name: str) -> list[str]
         "cluster.clusters": CLUSTERS,
         "stage1.pairs": scale.pairs, "stage1.warmup-iterations": plan.warm_up,
         "stage1.rounds": plan.rounds, "stage1.round-iterations": plan.round_steps,
-        "stage2.batch": scale.batch, "stage2.iterations": plan.stage2,
+        "stage2.batch": scale.batch, "stage2.iterations": plan.stage2 - plan.refinements * REFINEMENT,
+        "stage2.refine-rounds": plan.refinements, "stage2.refine-iterations": REFINEMENT,
         "stage2.min-population": max(4, round(0.06 * plan.images)),
-        "stage2.merge-after": plan.stage2 // 3, "stage2.merge-every": -(-plan.stage2 // 6),
         "resources.checkpoint-steps": max(5, min(200, plan.warm_up)),
     }  # fmt: skip
-    words = [word for option, value in given.items() for word in (f"--{option}", str(value))]
-    milestones = [str(plan.stage2 * part // 6) for part in (4, 5)]
-    return ["faces-cpu", *words, "--stage2.milestones", *milestones]
+    return ["faces-cpu", *(word for option, value in given.items() for word in (f"--{option}", str(value)))]
 
 
 def pack(corpus: str, images: int, out: Path, name: str, seconds: float) -> str:
@@ -357,7 +360,7 @@ def check_maps(trained: Trained) -> str:
     learnt, clusters = DetectorDescriptor(record.network.shape), trained.settings.cluster.clusters
     learnt.load_state_dict(load_file(trained.stage1))
     torch.manual_seed(0)
-    fresh = LandmarkDetector.from_stage1(learnt, clusters)
+    fresh = LandmarkDetector.from_stage1(learnt, clusters, network.probabilities)
     if not record.clusters:
         raise DidNotHold("the model has no landmark")
     before = standing_out(trained, fresh, range(clusters))

@@ -20,7 +20,7 @@ from rich.table import Table
 SCHEDULE = """
 --network.width 16 --network.depth 2 --network.groups 2 --network.descriptor-size 16 --keypoints.max-num-keypoints 20
 --cluster.sample 10000 --stage1.warmup-iterations 60 --stage1.rounds 1 --stage1.round-iterations 60
---stage2.iterations 120 --stage2.merge-after 60 --stage2.merge-every 60
+--stage2.iterations 120 --stage2.refine-rounds 1 --stage2.refine-iterations 60
 """.split()
 
 

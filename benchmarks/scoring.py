@@ -32,7 +32,7 @@ JPEG_BYTES = 15_000
 
 PARTS = {
     "reading predictions": (storage, "load_npz"),
-    "forward error": (evaluation, "_forward_errors"),
+    "forward error": (evaluation, "forward_errors"),
     "- of it completion": (evaluation, "complete"),
     "backward error": (evaluation, "_backward_errors"),
     "fits of both errors": (evaluation, "_regression"),

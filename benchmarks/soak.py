@@ -56,12 +56,11 @@ def arguments(settings: TrainSettings, folder: Path, name: str) -> list[str]:
         "shards": folder / "shards", "name": name, "runs": folder / "runs", "tracking": f"sqlite:///{folder}/mlflow.db",
         "stage1.warmup-iterations": one.warmup_iterations, "stage1.rounds": one.rounds,
         "stage1.round-iterations": one.round_iterations, "stage2.iterations": two.iterations,
-        "stage2.merge-after": two.merge_after, "stage2.merge-every": two.merge_every,
+        "stage2.refine-rounds": two.refine_rounds, "stage2.refine-iterations": two.refine_iterations,
         "resources.max-failures": 1_000, "resources.checkpoint-steps": 100, "workers": 2,
     }  # fmt: skip
     words = [word for option, value in given.items() for word in (f"--{option}", str(value))]
-    milestones = ["--stage2.milestones", *map(str, two.milestones)]
-    return [sys.executable, "-m", "jobs.train", "toy-cpu", *words, *milestones]
+    return [sys.executable, "-m", "jobs.train", "toy-cpu", *words]
 
 
 def tree(process: psutil.Popen) -> list[psutil.Process]:

@@ -12,8 +12,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from cluster.kmeans import KMeansSettings
 from sst.nn.augment import Augmentation
 from sst.nn.geometry import STRIDE
-from sst.nn.losses import DetectorTarget
+from sst.nn.losses import Contrast, DetectorTarget, Objective
 from sst.nn.network import NetworkShape
+from sst.nn.optimizer import OptimizerName
 from sst.nn.precision import Precision
 from sst.nn.steps import Stage1Step, Stage2Step
 
@@ -141,6 +142,8 @@ class Stage1Settings(Settings):
     """Pairs of views per step, over all workers."""
     learning_rate: Rate = 5e-4
     """Start of each cosine cycle."""
+    optimizer: OptimizerName = "rmsprop"
+    """rmsprop as published, or adamw."""
     floor_learning_rate: Rate = 5e-6
     """What each cosine cycle falls towards; the next one begins before it gets there."""
     cosine_steps: Positive = 5
@@ -152,8 +155,19 @@ class Stage1Settings(Settings):
     """Images with fewer labelled points are not used."""
     different_share: Share = Stage1Step.different_share
     """Share of pairs whose views come from two different images."""
+    warmup_classes: Literal["clusters", "points"] = "clusters"
+    """What has one descriptor in the warm-up: points of one cluster in all images (published), or each point alone, in
+    two random views of its image."""
+    flip_share: Share = Stage1Step.flip_share
+    """Share of the images of a round that are mirrored, their labels given to the mirrored clusters, which every
+    correspondence finds; for objects with a plane of symmetry whose left and right the landmarks confuse."""
+    contrast: Contrast = Stage1Step.contrast
+    """How descriptors are drawn together and apart: margin for distances of pairs (published), softmax for a normalised
+    contrast over the batch."""
     margin: Rate = Stage1Step.margin
     """Descriptors of different clusters are pushed this far apart."""
+    temperature: Rate = Stage1Step.temperature
+    """Of the softmax contrast: small ones attend to the hardest points."""
     descriptor_weight: Rate = Stage1Step.descriptor_weight
     """Weight of the descriptor loss."""
     detector_weight: Rate = Stage1Step.detector_weight
@@ -161,8 +175,12 @@ class Stage1Settings(Settings):
     detector_target: DetectorTarget = Stage1Step.detector_target
     """What the detector learns to draw at a label: a single cell (published), or the bump of stage 2, which a short
     schedule learns sooner."""
+    detector_objective: Objective = Stage1Step.detector_objective
+    """How the detector's heatmap is compared with that: squared error (published), or focal."""
     threshold: Share = 0.2
     """Detector confidence above which a keypoint is taken in a round."""
+    unite: bool = True
+    """Take the previous labels into each round beside what the detector finds, and before it (published)."""
     augmentation: Augmentation = Stage1Step.augmentation
     """Random changes of each view."""
 
@@ -174,6 +192,11 @@ class Stage2Settings(Settings):
     """Optimizer steps."""
     batch: Positive = 64
     """Images per step, over all workers."""
+    objective: Objective = Stage2Step.objective
+    """How heatmaps are compared with their targets: squared error (published), or focal, which learns ten times sooner
+    and makes confidences probabilities."""
+    optimizer: OptimizerName = "rmsprop"
+    """rmsprop as published, or adamw."""
     learning_rate: Rate = 5e-4
     """At the start; a tenth after each milestone."""
     milestones: tuple[Count, ...] = (50_000, 65_000)
@@ -195,13 +218,25 @@ class Stage2Settings(Settings):
     """Within this distance, in pixels of a 256 px view, two landmarks coincide."""
     merge_confidence: Share = 0.2
     """Confidence from which a landmark is counted when channels are compared for merging."""
+    refine_rounds: Count = 0
+    """Rounds at the end in which the landmarks refine themselves: the network is trained on its own answers, where they
+    agree on an image and a warped copy (beyond the paper)."""
+    refine_iterations: Positive = 200
+    """Optimizer steps of such a round."""
+    refine_confidence: Share = 0.4
+    """Confidence from which an answer may become a label."""
+    refine_radius: Rate = 6.0
+    """Pixels of a 256 px view within which the answers on an image and on its warped copy must agree."""
     visible: Share = 0.2
     """Confidence from which a landmark counts as visible at inference."""
     flip_share: Share = Stage2Step.flip_share
     """Share of the images that are mirrored, once a merging has found which landmarks are left/right pairs; for objects
     with a plane of symmetry whose left and right the landmarks confuse."""
+    occlude_share: Share = Stage2Step.occlude_share
+    """Share of the images of which a rectangle is covered by part of another image, so that a landmark learns to answer
+    nothing where it is hidden."""
     max_landmarks: Positive | None = None
-    """At most so many landmarks are kept in the model: those found again most often after a random warp."""
+    """At most so many landmarks are kept: those found again most often after a random warp, spread over the object."""
     augmentation: Augmentation = Stage2Step.augmentation
     """Random changes of each image."""
 
@@ -272,17 +307,22 @@ class TrainSettings(Settings):
     stage2: Stage2Settings = Stage2Settings()
     resources: ResourceSettings = ResourceSettings()
 
-    def stage1_step(self) -> Stage1Step:
+    def stage1_step(self, own_classes: bool = False) -> Stage1Step:
         """What a step of stage 1 needs to know."""
         one = self.stage1
         return Stage1Step(
             input_size=self.network.input_size,
             precision=self.resources.precision,
             different_share=one.different_share,
+            own_classes=own_classes,
+            contrast=one.contrast,
             margin=one.margin,
+            temperature=one.temperature,
+            flip_share=one.flip_share,
             descriptor_weight=one.descriptor_weight,
             detector_weight=one.detector_weight,
             detector_target=one.detector_target,
+            detector_objective=one.detector_objective,
             augmentation=one.augmentation,
         )
 
@@ -291,7 +331,9 @@ class TrainSettings(Settings):
         return Stage2Step(
             input_size=self.network.input_size,
             precision=self.resources.precision,
+            objective=self.stage2.objective,
             flip_share=self.stage2.flip_share,
+            occlude_share=self.stage2.occlude_share,
             augmentation=self.stage2.augmentation,
         )
 

@@ -9,6 +9,7 @@ TINY = """
 --cluster.clusters 8 --stage1.warmup-iterations 10 --stage1.rounds 2 --stage1.round-iterations 10
 --stage1.pairs 4 --stage1.min-labels 2 --stage1.threshold 0.05 --stage2.iterations 30 --stage2.batch 4
 --stage2.min-population 2 --stage2.merge-after 10 --stage2.merge-every 10 --resources.checkpoint-steps 5
+--stage2.refine-rounds 1 --stage2.refine-iterations 10 --stage2.refine-confidence 0.0
 --stage2.visible 0.02 --workers 2
 """.split()  # thirty steps leave every landmark unsure, and how unsure depends on the processor
 

@@ -34,7 +34,18 @@ SETTINGS = TrainSettings(
     keypoints=KeypointSettings(max_num_keypoints=20, outlier_reference=500, outlier_neighbours=5),
     cluster=ClusterSettings(clusters=8, sample=2_000),
     stage1=Stage1Settings(warmup_iterations=6, rounds=2, round_iterations=4, pairs=4, min_labels=2, threshold=0.05),
-    stage2=Stage2Settings(iterations=9, batch=4, milestones=(6,), min_population=2, merge_after=3, merge_every=3),
+    stage2=Stage2Settings(
+        iterations=9,
+        batch=4,
+        milestones=(6,),
+        min_population=2,
+        merge_after=3,
+        merge_every=3,
+        refine_rounds=1,
+        refine_iterations=3,
+        refine_confidence=0.0,  # so few steps leave every answer unsure
+        refine_radius=100.0,
+    ),
     resources=ResourceSettings(workers=1, checkpoint_steps=3),
 )
 
@@ -95,7 +106,7 @@ def train_locally(corpus_url: str, run_url: str, tools: Tools, settings: TrainSe
     make_first_round(settings, corpus, run, tools)
     trainer = Trainer(settings, corpus, run, Group(), tools)
     network = trainer()
-    Finisher(trainer.settings, corpus, run, Group(), tools)(network, run.record(trainer.phases[-1].round))
+    Finisher(trainer.settings, corpus, run, Group(), tools)(network, run.records()[-1])
     return trainer
 
 

@@ -3,23 +3,30 @@
 import json
 import math
 import os
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
+from sklearn.linear_model import Ridge
 
-from benchmarks import fullsize, gpu, objective
+from benchmarks import ablation, fullsize, gpu, labels, objective
 from benchmarks.checks import DidNotHold, NotRunHere, checked, isolated, job, report
 from benchmarks.fullsize import Scale, schedule, train_words
 from benchmarks.round import rounds_of
 from cluster import storage
 from cluster.actor import read_sample
+from cluster.correspondence import labels_url
 from cluster.kmeans import fit
+from cluster.shards import Labels
 from jobs import train
 from sst.data.corpus import Corpus, open_corpus
-from sst.data.shards import Manifest
+from sst.data.shards import Manifest, SampleMeta, ShardWriter
+from sst.errors import UserError
+from sst.report.evaluation import PROTOCOLS
 from sst.run.claim import claim
 from sst.run.metrics import MetricsFile
-from sst.train.run_directory import RunDirectory
+from sst.train.run_directory import RoundRecord, RunDirectory
 from sst.train.tools import Tools
 from sst.tune.sweep import TrialRecord
 from tests.small import SETTINGS, train_locally, write_toy
@@ -51,6 +58,173 @@ def test_what_a_sweep_notes_of_its_trials_can_be_ranked(tmp_path):
     MetricsFile(str(run)).write({"kind": "round", "round": 1, "made_by": "correspondence", "equivariance_error": 2.0})
     found = objective.metrics_of(tmp_path)["000"]
     assert found["model/repeatability"] == 0.5 and found["round 1/equivariance_error"] == 2.0
+
+
+def ridge(x, y):
+    """The scores' regression by scikit-learn: its penalty is a hundredth of the largest entry of centred X^T X."""
+    centred = x - x.mean(0)
+    return Ridge(alpha=0.01 * (centred.T @ centred).max()).fit(x, y).predict
+
+
+def expected_labels(label_NK2, points_NL2):
+    """Label error of each cluster, forward from labels without a gap, and of a perfect stage 2, in per cent."""
+    count, flat = len(points_NL2), points_NL2.reshape(len(points_NL2), -1)
+    side = np.sqrt(np.ptp(points_NL2[..., 0], axis=1) * np.ptp(points_NL2[..., 1], axis=1))
+    first = np.arange(count) < count // 2
+    place = np.empty_like(label_NK2)
+    for half in (first, ~first):
+        for k in range(label_NK2.shape[1]):
+            rows = half & np.isfinite(label_NK2[:, k, 0])
+            place[~half, k] = ridge(flat[rows], label_NK2[rows, k])(flat[~half])
+    off = np.linalg.norm(label_NK2 - place, axis=2) / side[:, None]
+    forward = []
+    for landmarks in (label_NK2, place):
+        errors = []
+        for half in (first, ~first):
+            told = np.nan_to_num(landmarks).reshape(count, -1)
+            found = ridge(told[half], flat[half])(told[~half]).reshape(-1, *points_NL2.shape[1:])
+            errors.append((np.linalg.norm(found - points_NL2[~half], axis=2) / side[~half, None]).mean())
+        forward.append(100 * np.mean(errors))
+    return 100 * np.nanmean(off, 0), *forward
+
+
+def annotated_shapes(rng, count):
+    """Six points of a shape that is shifted, scaled and bent; pixels of a 256 px view."""
+    mean, bent = rng.uniform(60, 196, (6, 2)), rng.normal(0, 6, (3, 6, 2))
+    moved = rng.normal(0, 12, (count, 1, 2)) + np.tensordot(rng.normal(size=(count, 3)), bent, 1)
+    return 128 + (mean - 128) * rng.uniform(0.8, 1.2, (count, 1, 1)) + moved
+
+
+def write_labels(url, label_NK2, distance_NK):
+    """A shard of labels in cells of a network input of 64 px."""
+    shown = np.isfinite(label_NK2).all(2)
+    offsets = np.concatenate([[0], np.cumsum(shown.sum(1))])
+    points = (label_NK2[shown] / 16).astype(np.float32)
+    Labels(offsets, points, np.nonzero(shown)[1].astype(np.int16), distance_NK[shown].astype(np.float32)).save(url)
+
+
+def test_the_labels_of_rounds_are_scored_on_training_images_as_scikit_learn_would(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    points = annotated_shapes(rng, 70)
+    points[60:] = rng.uniform(0, 256, (10, 6, 2))  # of test images, which must not count
+    with ShardWriter(str(tmp_path / "shards"), "shapes", "toy", 40) as writer:
+        for number, each in enumerate(points):
+            split, box = "train" if number < 60 else "test", (0.0, 0.0, 256.0, 256.0)
+            meta = {"points": tuple(map(tuple, each.tolist())), "visible": (True,) * 6}
+            writer.add(rng.bytes(9), SampleMeta(source=str(number), split=split, box=box, **meta))
+    corpus, run, points = open_corpus(str(tmp_path / "shards")), RunDirectory(str(tmp_path / "run")), points[:60]
+    claim(run, SETTINGS, corpus)
+    mixed = np.einsum("kl,nlc->nkc", rng.dirichlet(np.ones(6), 4), points)
+    full = mixed + rng.normal(size=(2, 60, 4, 2)) * np.array([2, 4, 8, 16])[:, None]
+    gaps = full[1].copy()
+    gaps[rng.random((60, 4)) < 0.3] = np.nan
+    distance = rng.uniform(0, 0.5, (60, 4))
+    distance[:, 3] += np.where(np.arange(60) < 8, 0.0, 1.0)  # eight labels below the threshold: too few
+    for number, (label, threshold) in enumerate(((full[0], 2.0), (gaps, 0.6))):
+        record = RoundRecord(
+            number=number, kind="correspondence", step=number, weights=None, manifest=corpus.manifest_hash, seed=0,
+            backend=None, thresholds=[threshold] * 4, active=[True] * 4, population=[60] * 4, seconds={},
+            metrics={"labels_per_image": 3.25, "clusters_in_use": 4.0},
+        )  # fmt: skip
+        first = 0
+        for shard in corpus.train:
+            each = slice(first, first := first + shard.samples)
+            write_labels(labels_url(run.round_url(number), shard.file), label[each], distance[each])
+        run.finish_round(record, None)
+    labels.main(run.url, clusters=True)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    rows = {cells[0]: cells for cells in lines if len(cells) == 10}
+    error, forward, perfect = expected_labels(full[0], points)
+    worst = ", ".join(f"{k}: {error[k]:.1f}" for k in np.argsort(-error)[:3])
+    told = [f"{each:.2f} %" for each in (np.median(error), error.mean())]
+    assert rows["0"][2:] == ["3.2", "4", "4", *told, worst, f"{forward:.2f} %", f"{perfect:.2f} %"]
+    error, _, perfect = expected_labels(gaps[:, :3], points)
+    assert rows["1"][4:7] == ["3", f"{np.median(error):.2f} %", f"{error.mean():.2f} %"]
+    assert rows["1"][9] == f"{perfect:.2f} %"
+    shown = np.isfinite(gaps[..., 0]).mean(0)
+    told = [[str(k), f"{error[k]:.2f} %", f"{100 * shown[k]:.2f} %", "yes"] for k in np.argsort(error)]
+    assert [cells for cells in lines if len(cells) == 4][2:] == told
+
+
+def test_labels_of_nothing_give_no_perfect_landmarks():
+    rng = np.random.default_rng(1)
+    points, noise = annotated_shapes(rng, 200), rng.uniform(0, 256, (200, 30, 2))
+    side = PROTOCOLS["toy"].normaliser(points)[:, None]
+    guess = (np.linalg.norm(points - points.mean(0), axis=2) / side).mean()
+    assert labels.score_labels(noise, points, PROTOCOLS["toy"]).perfect > guess
+    told = labels.score_labels(points + rng.normal(0, 3, points.shape), points, PROTOCOLS["toy"])
+    assert told.perfect < told.forward < 0.2 * guess
+
+
+def test_an_ablation_trains_what_has_no_row_yet_and_sums_up_its_rows(tmp_path, capsys, monkeypatch):
+    urls, file = [str(tmp_path / name) for name in ("toy", "other")], tmp_path / "out" / "rows.jsonl"
+    for number, url in enumerate(urls):
+        write_toy(url, train=2 + number, test=1)
+    same, wide = {"cluster.clusters": SETTINGS.cluster.clusters}, {"cluster.clusters": 9}
+    long = {"stage1.warmup_iterations": ablation.Times(0.5)}
+    monkeypatch.setattr(ablation, "CHOICES", {"wide": wide, "same": same, "long": long})
+    other = ablation.changed(SETTINGS, wide)
+    bases = [ablation.Basis("toy", urls[0], SETTINGS), ablation.Basis("other", urls[1], other)]
+
+    def tasks():
+        return [task for seed in (0, 1) for basis in bases for task in basis.tasks(("wide", "same", "long"), seed)]
+
+    assert [(task.corpus, task.choice) for task in tasks()[:6]] == [
+        ("toy", "base"), ("toy", "wide"), ("toy", "long"), ("other", "base"), ("other", "same"), ("other", "long"),
+    ]  # fmt: skip
+    assert tasks()[2].settings.stage1.warmup_iterations == SETTINGS.stage1.warmup_iterations / 2
+    assert len({task.key for task in tasks()}) == 12 and len({task.name for task in tasks()}) == 12
+    trained, broken = [], {("toy", "long", 1): DidNotHold("out of memory"), ("other", "long", 1): KeyboardInterrupt()}
+
+    def train_as_if(task):
+        what = (task.corpus, task.choice, task.settings.seed)
+        trained.append(what)
+        if what in broken:
+            raise broken[what]
+        forward = {"base": 0.05, "wide": 0.04, "same": None, "long": 0.06}[task.choice]
+        return ablation.Row(
+            choice=task.choice, corpus=task.corpus, seed=what[2], key=task.key, commit="abc",
+            forward=forward and forward + 0.01 * what[2], backward=0.03, kept=10 + what[2], seconds=60 + 40 * what[2],
+        )  # fmt: skip
+
+    with pytest.raises(KeyboardInterrupt):
+        ablation.finish(tasks(), file, train_as_if)
+    assert len(trained) == 12 and len(file.read_text().splitlines()) == 10
+    told = capsys.readouterr()
+    assert "11 runs to go, about 11:00" in told.out and "toy-long-1" in told.out and "out of memory" in told.err
+    broken.clear()
+    trained.clear()
+    rows = ablation.finish(tasks(), file, train_as_if)
+    assert trained == [("toy", "long", 1), ("other", "long", 1)] and len(rows) == 12
+    long["stage1.warmup_iterations"] = ablation.Times(2)
+    trained.clear()
+    rows = ablation.finish(tasks(), file, train_as_if)
+    assert [what[1] for what in trained] == ["long"] * 4
+    header, lines = ablation.table(tasks(), rows)
+    assert header[:2] == ["choice", "toy: forward, %"] and header[-1] == "other: seconds"
+    assert lines[0][:5] == ["base", "5.50 (5.00 to 6.00)", "3.00 (3.00 to 3.00)", "10 (10 to 11)", "80 (60 to 100)"]
+    assert lines[1][5:] == ["as base"] * 4
+    assert lines[3][:2] == ["same", "as base"] and lines[3][5] == "none (none to none)"
+
+
+def test_an_ablation_names_what_failed_in_its_exit_code(tmp_path, capsys, monkeypatch):
+    write_toy(str(tmp_path / "shards"), train=2, test=1)
+
+    def train_as_if(task, out, commit):
+        if task.settings.seed:
+            raise DidNotHold("out of memory")
+        row = {"choice": task.choice, "corpus": task.corpus, "seed": 0, "key": task.key, "commit": commit}
+        return ablation.Row(**row, forward=0.0512, backward=None, kept=9, seconds=60)
+
+    monkeypatch.setattr(ablation, "train_apart", train_as_if)
+    given = ablation.Command(corpus=str(tmp_path / "shards"), drawings=0, only=("45 clusters",), out=tmp_path)
+    assert given.run() == 1 and replace(given, seeds=(0,)).run() == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("| 45 clusters")]
+    assert table == ["| 45 clusters | 5.12 | none | 9 | 60 |".split()] * 2
+    with pytest.raises(UserError, match="no choice is called 'clusters'; there are half the warm-up, "):
+        replace(given, only=("clusters",)).run()
+    with pytest.raises(UserError, match="--corpus or some --drawings"):
+        replace(given, corpus=None).run()
 
 
 def raising(error: Exception):

@@ -46,6 +46,11 @@ PUBLISHED = {
         "descriptor_weight": 10,
         "detector_weight": 1,
         "detector_target": "cell",
+        "detector_objective": "squared",
+        "contrast": "margin",
+        "warmup_classes": "clusters",
+        "unite": True,
+        "optimizer": "rmsprop",
         "threshold": 0.2,
         "augmentation": {
             "blur_probability": 0.3,
@@ -66,6 +71,8 @@ PUBLISHED = {
     },
     "stage2": {
         "iterations": 80_000,
+        "objective": "squared",
+        "optimizer": "rmsprop",
         "batch": 64,
         "learning_rate": 0.0005,
         "milestones": [50_000, 65_000],
@@ -114,10 +121,22 @@ NOT_PUBLISHED = {
     "keypoints.max_num_keypoints",
     "cluster.backend",
     "cluster.keep_identities",
+    "stage1.temperature",
+    "stage2.refine_iterations",
+    "stage2.refine_confidence",
+    "stage2.refine_radius",
 }
-"""Settings that have no counterpart in the paper: what the free default detector takes, and how a run is run."""
+"""Settings that have no counterpart in the paper: what the free default detector takes, how a run is run, and parts of
+additions that are off."""
 
-NEUTRAL = {"stage2.flip_share": 0, "stage2.max_landmarks": None, "cluster.actors": 1}
+NEUTRAL = {
+    "stage1.flip_share": 0,
+    "stage2.flip_share": 0,
+    "stage2.occlude_share": 0,
+    "stage2.refine_rounds": 0,
+    "stage2.max_landmarks": None,
+    "cluster.actors": 1,
+}
 """Additions of ours, with the value at which they change nothing."""
 
 

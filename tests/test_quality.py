@@ -7,8 +7,7 @@ from sst.report.evaluate_run import Run, evaluate_run
 
 SHORT = """
 --network.input-size 64 --stage1.warmup-iterations 250 --stage1.rounds 2 --stage1.round-iterations 100
---stage2.batch 16 --stage2.iterations 1000 --stage2.milestones 800 900 --stage2.merge-after 500
---stage2.merge-every 250
+--stage2.refine-rounds 2
 """.split()
 
 

@@ -61,6 +61,9 @@ STRONGER = Augmentation(
 """The published augmentation of stage 2."""
 
 
+COVERED_SIDE = (0.15, 0.45)
+"""Sides of the rectangles of `occlude`, as shares of the view: from a hand to half of the object."""
+
 CACHED_PIXELS = 2**18
 """Pixels of the views that are changed at once on a CPU: three float32 channels of them are 3 MB."""
 
@@ -239,6 +242,34 @@ class Colours:
         x = _add_noise(x, self.noisy_B, self.noise_B111, self.grey_noise_B, generator).clamp_(0.0, 1.0)
         x = x.mul_(self.brightness_B311).clamp_(0.0, 1.0)
         return _change_some(x, self.recoloured_B, multiply_hue_saturation, self.hue_B, self.saturation_B)
+
+
+def occlude(view_B3SS: Tensor, points_BN2: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Covers part of some images with a rectangle of the next image, upside down (beyond the paper).
+
+    Args:
+        view_B3SS: views.
+        points_BN2: points in them, heatmap units.
+        share: of the images that are covered in part.
+        generator: source of randomness, on the views' device.
+
+    Returns:
+        The views, and which points lie under a rectangle; bool (B, N).
+    """
+    count, size = len(view_B3SS), view_B3SS.shape[-1]
+    side_B2 = _uniform((count, 2), *COVERED_SIDE, generator, view_B3SS) * size
+    corner_B2 = _uniform((count, 2), 0.0, 1.0, generator, view_B3SS) * (size - side_B2)
+    chosen_B = _uniform((count,), 0.0, 1.0, generator, view_B3SS) < share
+
+    def under(place: Tensor, axis: int) -> Tensor:
+        first = corner_B2[:, axis, None]
+        return (place >= first) & (place < first + side_B2[:, axis, None])
+
+    pixel_1S = torch.arange(size, device=view_B3SS.device)[None]
+    covered_BSS = under(pixel_1S, 1)[:, :, None] & under(pixel_1S, 0)[:, None, :] & chosen_B[:, None, None]
+    points = points_BN2 * STRIDE
+    hidden_BN = under(points[..., 0], 0) & under(points[..., 1], 1) & chosen_B[:, None]
+    return torch.where(covered_BSS[:, None], view_B3SS.roll(1, 0).flip(-2), view_B3SS), hidden_BN
 
 
 def free_to_look(device: torch.device) -> bool:

@@ -17,8 +17,18 @@ from sst.nn.geometry import sampling_grid
 DetectorTarget = Literal["cell", "bump"]
 """What the detector learns to draw at a label: 1 in its cell, or the bump of stage 2."""
 
+Objective = Literal["squared", "focal"]
+"""How a heatmap is compared with its target: squared error (published), or cross-entropy that is weighted by how far
+off a cell is, so that the many cells of background do not outweigh the few of a point."""
+
+Contrast = Literal["margin", "softmax"]
+"""How descriptors of one cluster are drawn together and others pushed apart: `descriptor_loss` or `softmax_loss`."""
+
 BUMP_VARIANCE = 0.5625
 """A Gaussian of this variance is the published bump: 1 at the centre, 0.411 beside it, 0.169 at the corners."""
+
+LEAST_TOP = 0.6
+"""A bump is at least this high, exp(-0.5^2 / 0.5625), in the cell that its point lies in."""
 
 MAX_PAIRS = 2_999
 """Pairs of points of a pair of views that are compared at most. The published arrays have room for 3,000 and are filled
@@ -68,11 +78,37 @@ def detector_target(
     return target.view(-1, 1, height, width)
 
 
-def detector_loss(heat_B1HW: Tensor, points_BN2: Tensor, cluster_BN: Tensor, kind: DetectorTarget = "cell") -> Tensor:
-    """Mean squared error between the detector's heatmap and `detector_target`, of each image; (B,)."""
+def detector_loss(
+    heat_B1HW: Tensor,
+    points_BN2: Tensor,
+    cluster_BN: Tensor,
+    kind: DetectorTarget = "cell",
+    objective: Objective = "squared",
+) -> Tensor:
+    """`heatmap_loss` of the detector's heatmap against `detector_target`, of each image; (B,)."""
     height, width = heat_B1HW.shape[-2:]
     target = detector_target(points_BN2, cluster_BN, height, width, kind)
-    return (heat_B1HW.float() - target).square().mean((1, 2, 3))
+    return heatmap_loss(heat_B1HW, target, objective)[:, 0]
+
+
+def heatmap_loss(heat_BKHW: Tensor, target_BKHW: Tensor, objective: Objective = "squared") -> Tensor:
+    """How far every heatmap is from its target; (B, K), float32.
+
+    Args:
+        heat_BKHW: heatmaps; in [0, 1] for "focal".
+        target_BKHW: in [0, 1].
+        objective: "squared": mean of (p - t)^2 over the cells (published). "focal": at the highest cell of every bump
+            -(1 - p)^2 log p, elsewhere -(1 - t)^4 p^2 log(1 - p), added up and divided by the number of bumps (Law and
+            Deng, CornerNet, ECCV 2018; Zhou et al., Objects as Points, 2019): cells beside a point cost less the
+            nearer they are, and background that is known to be some costs nothing.
+    """
+    p, t = heat_BKHW.float(), target_BKHW
+    if objective == "squared":
+        return (p - t).square().mean((-2, -1))
+    p = p.clamp(1e-6, 1 - 1e-6)
+    top = (t > LEAST_TOP) & (t == functional.max_pool2d(t, 3, stride=1, padding=1))
+    at_top, elsewhere = (1 - p).square() * p.log(), (1 - t).pow(4) * p.square() * (1 - p).log()
+    return -torch.where(top, at_top, elsewhere).sum((-2, -1)) / top.sum((-2, -1)).clamp_min(1)
 
 
 class Labelled(NamedTuple):
@@ -134,6 +170,33 @@ def descriptor_loss(
     return Sum((loss_BNM * compared_BNM).sum(), compared_BNM.sum())
 
 
+def softmax_loss(first_BND: Tensor, second_BMD: Tensor, first: Labelled, second: Labelled, temperature: float) -> Sum:
+    """Normalised contrastive loss over the points of a whole share of the batch (beyond the paper).
+
+    Every labelled point of a first view names those of the second views that have its cluster, by a softmax of the
+    cosines over all labelled points of the second views. Source: Khosla et al., Supervised Contrastive Learning,
+    NeurIPS 2020, with the sum outside of the logarithm; descriptors are compared as k-means will compare them.
+
+    Args:
+        first_BND: descriptors of the first views' points, raw.
+        second_BMD: the same of the second views.
+        first: the first views' points.
+        second: the second views' points.
+        temperature: by which the cosines are divided.
+
+    Returns:
+        Over the points of first views whose cluster some second view shows.
+    """
+    a_PD, b_QD = (functional.normalize(each.float().flatten(0, 1), dim=-1) for each in (first_BND, second_BMD))
+    a_P, b_Q = first.cluster_BN.flatten(), second.cluster_BN.flatten()
+    from_P, to_Q = ((each.inside_BN & (each.cluster_BN >= 0)).flatten() for each in (first, second))
+    logits_PQ = (a_PD @ b_QD.T / temperature).masked_fill(~to_Q, -1e4)
+    same_PQ = (a_P[:, None] == b_Q) & to_Q
+    used_P = from_P & same_PQ.any(1)
+    mean_P = (logits_PQ.log_softmax(1) * same_PQ).sum(1) / same_PQ.sum(1).clamp_min(1)
+    return Sum(-(mean_P * used_P).sum(), used_P.sum())
+
+
 def landmark_target(
     points_BN2: Tensor, cluster_BN: Tensor, landmarks: int, height: int, width: int
 ) -> tuple[Tensor, Tensor]:
@@ -173,24 +236,27 @@ def _bumps(points_BN2: Tensor, height: int, width: int) -> Tensor:
     return falloff(height, points_BN2[..., 1])[..., None] * falloff(width, points_BN2[..., 0])[..., None, :]
 
 
-def landmark_loss(heat_BKHW: Tensor, points_BN2: Tensor, cluster_BN: Tensor, active_K: Tensor) -> Sum:
-    """Mean squared error of the active channels whose cluster is labelled in the image (paper, section 3.3)."""
-    target, labelled = landmark_target(points_BN2, cluster_BN, *heat_BKHW.shape[1:])
-    used_BK = labelled & active_K
-    error_BK = (heat_BKHW.float() - target).square().mean((-2, -1))
-    return Sum((error_BK * used_BK).sum(), used_BK.sum())
-
-
-@torch.no_grad()
-def landmark_levels(heat_BKHW: Tensor, points_BN2: Tensor, cluster_BN: Tensor, active_K: Tensor) -> dict[str, Tensor]:
-    """What tells a network that learns landmarks from one that has learnt to draw nothing.
+def landmark_loss(
+    heat_BKHW: Tensor,
+    points_BN2: Tensor,
+    cluster_BN: Tensor,
+    active_K: Tensor,
+    objective: Objective = "squared",
+) -> tuple[Sum, dict[str, Tensor]]:
+    """Loss of the active channels whose cluster is labelled in the image (paper, section 3.3).
 
     Returns:
-        Over the channels that `landmark_loss` takes: "peak", the mean height of their maxima, and "all_zero", the loss
-        that a map of zeros would have. Scalars.
+        The sum of their `heatmap_loss`; and, over the same channels, what tells a network that learns landmarks from
+        one that has learnt to draw nothing: "peak", the mean height of their maxima, and "all_zero", the squared error
+        that a map of zeros would have ("squared" alone: the focal loss of such a map is the greatest that there is).
+        Scalars.
     """
     target, labelled = landmark_target(points_BN2, cluster_BN, *heat_BKHW.shape[1:])
     used_BK = labelled & active_K
-    count = used_BK.sum().clamp_min(1)
-    peak_BK, zero_BK = heat_BKHW.float().amax((-2, -1)), target.square().mean((-2, -1))
-    return {"peak": (peak_BK * used_BK).sum() / count, "all_zero": (zero_BK * used_BK).sum() / count}
+    total, terms = (heatmap_loss(heat_BKHW, target, objective) * used_BK).sum(), used_BK.sum()
+    with torch.no_grad():
+        count, peak_BK = terms.clamp_min(1), heat_BKHW.float().amax((-2, -1))
+        seen = {"peak": (peak_BK * used_BK).sum() / count}
+        if objective == "squared":
+            seen["all_zero"] = (target.square().mean((-2, -1)) * used_BK).sum() / count
+    return Sum(total, terms), seen

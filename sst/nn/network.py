@@ -30,6 +30,11 @@ class NetworkShape:
     descriptor_size: int = 256
 
 
+RARE = -4.6
+"""Bias of a fresh output that passes a sigmoid: 1 % everywhere, as points are rare. From 50 % a first loss of thousands
+of cells of background would drown the few of points."""
+
+
 class ResidualBlock(nn.Module):
     """Three pre-activated 3x3 convolutions whose outputs (1/2, 1/4, 1/4 of the width) are concatenated."""
 
@@ -86,6 +91,12 @@ class Head(nn.Module):
         self.norm = nn.GroupNorm(groups, width)
         self.out = nn.Conv2d(width, outputs, 1)
 
+    def start_rare(self) -> None:
+        """Makes a fresh output answer `RARE` everywhere."""
+        for name, bias in self.out.named_parameters():
+            if name == "bias":
+                nn.init.constant_(bias, RARE)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, width, H, W) to (B, outputs, H, W)."""
         maps: Tensor = self.out(functional.relu(self.norm(self.conv(self.block(x)))))
@@ -116,11 +127,14 @@ class Backbone(nn.Module):
 class DetectorDescriptor(nn.Module):
     """Stage 1: where keypoints are, and what they look like."""
 
-    def __init__(self, shape: NetworkShape) -> None:
+    def __init__(self, shape: NetworkShape, rare: bool = False) -> None:
+        """Takes the size, and whether a fresh detector answers `RARE` everywhere, as the focal objective needs it."""
         super().__init__()
         self.shape = shape
         self.backbone = Backbone(shape)
         self.detector = Head(shape.width, 1, shape.groups)
+        if rare:
+            self.detector.start_rare()
         self.descriptor = Head(shape.width, shape.descriptor_size, shape.groups)
 
     def forward(self, image_B3SS: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,18 +151,24 @@ class DetectorDescriptor(nn.Module):
 
 
 class LandmarkDetector(nn.Module):
-    """Stage 2: one heatmap per cluster."""
+    """Stage 2: one heatmap per cluster.
 
-    def __init__(self, shape: NetworkShape, landmarks: int) -> None:
+    Attributes:
+        probabilities: whether a heatmap passes a sigmoid, as the focal objective needs it, or is raw (published).
+    """
+
+    def __init__(self, shape: NetworkShape, landmarks: int, probabilities: bool = False) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.probabilities = shape, probabilities
         self.backbone = Backbone(shape)
         self.landmark = Head(shape.width, landmarks, shape.groups)
+        if probabilities:
+            self.landmark.start_rare()
 
     @classmethod
-    def from_stage1(cls, stage1: DetectorDescriptor, landmarks: int) -> Self:
+    def from_stage1(cls, stage1: DetectorDescriptor, landmarks: int, probabilities: bool = False) -> Self:
         """Takes over backbone and descriptor head; only the last convolution is fresh (paper, section 3.3)."""
-        model = cls(stage1.shape, landmarks)
+        model = cls(stage1.shape, landmarks, probabilities)
         model.backbone.load_state_dict(stage1.backbone.state_dict())
         kept = {k: v for k, v in stage1.descriptor.state_dict().items() if not k.startswith("out.")}
         kept |= {k: v for k, v in model.landmark.state_dict().items() if k.startswith("out.")}
@@ -156,6 +176,6 @@ class LandmarkDetector(nn.Module):
         return model
 
     def forward(self, image_B3SS: Tensor) -> Tensor:
-        """RGB in [0, 1] (B, 3, S, S) to raw landmark heatmaps (B, K, H, W)."""
+        """RGB in [0, 1] (B, 3, S, S) to landmark heatmaps (B, K, H, W)."""
         heat: Tensor = self.landmark(self.backbone(image_B3SS))
-        return heat
+        return torch.sigmoid(heat.float()) if self.probabilities else heat

@@ -4,9 +4,16 @@ Needs torch alone.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+OptimizerName = Literal["rmsprop", "adamw"]
+"""rmsprop: as published, its weight decay added to the gradient. adamw: with decoupled weight decay."""
+
+AVERAGES: dict[OptimizerName, tuple[str, ...]] = {"rmsprop": ("square_avg",), "adamw": ("exp_avg", "exp_avg_sq")}
+"""Running averages that torch's optimizers keep of each weight's gradient."""
 
 ALIGNED = 64
 """Numbers to which each tensor's place in a buffer is rounded up, so that kernels may read it in wide pieces."""
@@ -30,30 +37,44 @@ def in_one_buffer(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class Update:
-    """RMSprop (paper, section 4) over a model's weights.
+    """RMSprop (paper, section 4), or AdamW, over a model's weights.
 
     A step whose gradient is not finite is undone: weights and running averages are kept as they were before it, in
     one buffer each, and a single selection on the device puts them back. So the host need not know before the next
     step is on its way, and nothing is lost by looking at `finite` only now and then.
 
-    Weight decay is added to the gradient, as published. RMSprop divides both by the gradient's usual size, so where a
-    gradient is smaller than decay x weight the decay makes full steps: it takes up to a learning rate off such a weight
-    at each step, until nothing is left of it.
+    RMSprop's weight decay is added to the gradient, as published. It divides both by the gradient's usual size, so
+    where a gradient is smaller than decay x weight the decay makes full steps: it takes up to a learning rate off such
+    a weight at each step, until nothing is left of it. AdamW's is decoupled: it takes learning rate x decay of each
+    weight.
     """
 
-    def __init__(self, model: nn.Module, learning_rate: float, weight_decay: float) -> None:
+    def __init__(
+        self, model: nn.Module, learning_rate: float, weight_decay: float, kind: OptimizerName = "rmsprop"
+    ) -> None:
         """Takes over the weights, which must already be on their device and in their memory format."""
         weights = list(model.parameters())
-        self._optimizer = torch.optim.RMSprop(weights, lr=learning_rate, weight_decay=weight_decay)
-        averages = [torch.zeros_like(weight) for weight in weights]
-        self._buffers = in_one_buffer(weights), in_one_buffer(averages)
+        self._names, self._decoupled = AVERAGES[kind], kind == "adamw"
+        self._optimizer: torch.optim.Optimizer = (
+            torch.optim.AdamW(weights, lr=learning_rate, weight_decay=weight_decay, fused=True)
+            if self._decoupled
+            else torch.optim.RMSprop(weights, lr=learning_rate, weight_decay=weight_decay)
+        )
+        averages = [[torch.zeros_like(weight) for weight in weights] for _ in self._names]
+        # Steps taken, by which AdamW corrects its averages; on the device, as a fused update wants them.
+        self._steps = torch.zeros(len(weights), device=weights[0].device if self._decoupled else "cpu")
+        self._buffers = in_one_buffer(weights), *map(in_one_buffer, averages)
+        if self._decoupled:
+            self._buffers += (self._steps,)
         self._before = tuple(torch.empty_like(buffer) for buffer in self._buffers)
-        for weight, average in zip(weights, averages, strict=True):
-            self._optimizer.state[weight] = {"step": torch.zeros(()), "square_avg": average}
+        for weight, step, *each in zip(weights, self._steps, *averages, strict=True):
+            self._optimizer.state[weight] = {"step": step} | dict(zip(self._names, each, strict=True))
 
     def state(self) -> dict[str, Tensor]:
-        """The running averages as a checkpoint holds them: "3.square_avg" is that of weight 3."""
-        return {f"{index}.square_avg": each["square_avg"] for index, each in enumerate(self._optimizer.state.values())}
+        """What a checkpoint holds: "3.square_avg" is that average of weight 3; "steps" are those that AdamW goes by."""
+        states = list(self._optimizer.state.values())
+        averages = {f"{index}.{name}": each[name] for index, each in enumerate(states) for name in self._names}
+        return averages | ({"steps": self._steps} if self._decoupled else {})
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Puts back what `state` gave."""
@@ -78,9 +99,12 @@ class Update:
         return norm, finite
 
     def decay_share(self) -> Tensor:
-        """Share of the weights in which the decay outweighs the gradient; a scalar on the device."""
+        """Share of the weights in which the decay outweighs the gradient; a scalar on the device.
+
+        None where it is decoupled: then the two do not compete.
+        """
         group = self._optimizer.param_groups[0]
         weights = [weight for weight in group["params"] if weight.grad is not None]
-        decay = float(group["weight_decay"])
+        decay = 0.0 if self._decoupled else float(group["weight_decay"])
         more = [(weight.detach().abs() * decay > weight.grad.abs()).sum() for weight in weights]
         return torch.stack(more).sum() / float(sum(weight.numel() for weight in weights))

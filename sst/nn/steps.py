@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sst.nn.augment import STRONGER, Augmentation, augment, warp_images
+from sst.nn.augment import STRONGER, Augmentation, augment, occlude, warp_images
 from sst.nn.losses import (
+    Contrast,
     DetectorTarget,
     Labelled,
+    Objective,
     Sum,
     descriptor_loss,
     detector_loss,
-    landmark_levels,
     landmark_loss,
     sample_descriptors,
+    softmax_loss,
 )
 from sst.nn.precision import Precision, autocast
 from sst.nn.suppression import decode_keypoints, unite
@@ -34,20 +36,30 @@ class Stage1Step:
         input_size: side of the square view, in pixels.
         precision: arithmetic of convolutions, see `sst.nn.precision`.
         different_share: share of pairs whose views come from two different images.
+        own_classes: whether each point is a class of its own, of which both views of one image show one; else clusters.
+        contrast: how descriptors are compared, see `sst.nn.losses.Contrast`.
         margin: L2 distance to which descriptors of different clusters are pushed apart.
+        temperature: of the "softmax" contrast.
+        flip_share: share of the images that are mirrored, where partners are known (beyond the paper).
         descriptor_weight: of the descriptor loss.
         detector_weight: of the detector loss.
         detector_target: what the detector learns to draw at a label, see `sst.nn.losses.detector_loss`.
+        detector_objective: how its heatmap is compared with that, see `sst.nn.losses.heatmap_loss`.
         augmentation: random changes of each view.
     """
 
     input_size: int = 256
     precision: Precision = "auto"
     different_share: float = 0.5
+    own_classes: bool = False
+    contrast: Contrast = "margin"
     margin: float = 0.8
+    temperature: float = 0.1
+    flip_share: float = 0.0
     descriptor_weight: float = 10.0
     detector_weight: float = 1.0
     detector_target: DetectorTarget = "cell"
+    detector_objective: Objective = "squared"
     augmentation: Augmentation = Augmentation()
 
 
@@ -58,19 +70,27 @@ class Stage2Step:
     Attributes:
         input_size: side of the square view, in pixels.
         precision: arithmetic of convolutions, see `sst.nn.precision`.
+        objective: how heatmaps are compared with their targets, see `sst.nn.losses.heatmap_loss`.
         flip_share: share of the images that are mirrored, where partners are known (beyond the paper).
-        augmentation: random changes of each image.
+        occlude_share: share of the images of which a rectangle is covered: labels under it are hidden (beyond the
+        paper). augmentation: random changes of each image.
     """
 
     input_size: int = 256
     precision: Precision = "auto"
+    objective: Objective = "squared"
     flip_share: float = 0.0
+    occlude_share: float = 0.0
     augmentation: Augmentation = STRONGER
 
 
 STAGE2_SCALE = 2.0
 """The published step adds the gradients of two halves of the batch, each of its mean loss: twice that of the mean over
 all, which RMSprop does not see, but the weight decay beside it does."""
+
+
+OUT_OF_VIEW = -1e3
+"""A place at which no bump reaches the view, in heatmap units."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +175,13 @@ class Losses:
         return {"loss": loss} | (means if len(means) > 1 else {}) | dict(self.seen)
 
 
-def stage1_losses(model: nn.Module, batch: Batch, step: Stage1Step, generator: torch.Generator) -> Losses:
+def stage1_losses(
+    model: nn.Module,
+    batch: Batch,
+    step: Stage1Step,
+    generator: torch.Generator,
+    partner_K: Tensor | None = None,
+) -> Losses:
     """Losses of one step of stage 1 (paper, section 3.1).
 
     Args:
@@ -163,19 +189,25 @@ def stage1_losses(model: nn.Module, batch: Batch, step: Stage1Step, generator: t
         batch: B images; pair i is two views of image i, or of image i and another of the batch.
         step: what it needs to know.
         generator: source of randomness on the batch's device.
+        partner_K: partner of every cluster in mirrored images; some images are then mirrored (beyond the paper).
     """
     count, device = len(batch.keys), batch.images.device
     each = torch.arange(count, device=device)
     shift = torch.randint(1, max(2, count), (), generator=generator, device=device)
     different = torch.rand(count, generator=generator, device=device) < step.different_share
-    second = torch.where(different, (each + shift) % count, each)
+    second = each if step.own_classes else torch.where(different, (each + shift) % count, each)
     chosen = torch.cat([each, second])
-    cluster = batch.cluster[chosen]
+    to_view, points, cluster = batch.to_view[chosen], batch.points[chosen], batch.cluster[chosen]
+    if step.own_classes:
+        cluster = torch.where(cluster >= 0, torch.arange(cluster.shape[1], device=device), -1)
+    elif partner_K is not None:
+        mirrored = torch.rand(len(chosen), generator=generator, device=device) < step.flip_share
+        to_view, points, cluster = mirror_some(to_view, points, cluster, mirrored, partner_K, step.input_size)
     views, points, inside = augment(
         batch.images[chosen],
         batch.stored[chosen],
-        batch.to_view[chosen],
-        batch.points[chosen],
+        to_view,
+        points,
         step.input_size,
         step.augmentation,
         generator,
@@ -184,12 +216,15 @@ def stage1_losses(model: nn.Module, batch: Batch, step: Stage1Step, generator: t
         heat, desc = model(views)
     at_points = sample_descriptors(desc.float(), points)
     # Detector losses of a pair's two views add up.
-    detector = detector_loss(heat, points, torch.where(inside, cluster, -1), step.detector_target)
+    detector = detector_loss(
+        heat, points, torch.where(inside, cluster, -1), step.detector_target, step.detector_objective
+    )
     one_view, other_view = (Labelled(cluster[rows], inside[rows]) for rows in (slice(count), slice(count, None)))
-    parts = {
-        "detector": Sum(detector.sum(), torch.full_like(detector[0], count)),
-        "descriptor": descriptor_loss(at_points[:count], at_points[count:], one_view, other_view, step.margin),
-    }
+    both = at_points[:count], at_points[count:], one_view, other_view
+    compared = (
+        descriptor_loss(*both, step.margin) if step.contrast == "margin" else softmax_loss(*both, step.temperature)
+    )
+    parts = {"detector": Sum(detector.sum(), torch.full_like(detector[0], count)), "descriptor": compared}
     weights = {"detector": step.detector_weight, "descriptor": step.descriptor_weight}
     return Losses(parts, weights, seen={"peak": heat.detach().float().amax((-2, -1)).mean()})
 
@@ -204,7 +239,7 @@ def stage2_losses(
 ) -> Losses:
     """Loss of one step of stage 2 (paper, section 3.3).
 
-    A channel whose label the augmentation moves out of the view learns to answer nothing there.
+    A channel whose label the augmentation moves out of the view, or covers, learns to answer nothing there.
 
     Args:
         model: `LandmarkDetector`, perhaps wrapped for DDP.
@@ -215,7 +250,7 @@ def stage2_losses(
         partner_K: partner of every cluster in mirrored images; some images are then mirrored (beyond the paper).
 
     Returns:
-        The loss, and beside it what `landmark_levels` gives.
+        The loss, and what `landmark_loss` sees beside it.
     """
     to_view, points, cluster = batch.to_view, batch.points, batch.cluster
     if partner_K is not None:
@@ -230,10 +265,13 @@ def stage2_losses(
         step.augmentation,
         generator,
     )
+    if step.occlude_share:
+        views, hidden = occlude(views, points, step.occlude_share, generator)
+        points = torch.where(hidden[..., None], OUT_OF_VIEW, points)
     with autocast(batch.images.device, step.precision):
         heat = model(views)
-    parts = {"landmarks": landmark_loss(heat, points, cluster, active_K)}
-    return Losses(parts, {"landmarks": 1.0}, STAGE2_SCALE, landmark_levels(heat, points, cluster, active_K))
+    loss, seen = landmark_loss(heat, points, cluster, active_K, step.objective)
+    return Losses({"landmarks": loss}, {"landmarks": 1.0}, STAGE2_SCALE, seen)
 
 
 def keypoint_maps(
@@ -250,18 +288,18 @@ def keypoint_maps(
 def describe(
     model: nn.Module,
     batch: Batch,
-    previous_BP2: Tensor,
+    previous_BP2: Tensor | None,
     *,
     input_size: int,
     threshold: float,
     precision: Precision,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keypoints of the detector united with the previous labels, and their descriptors (paper, section 3.2).
+    """Keypoints of the detector, united with previous labels or alone, and their descriptors (paper, section 3.2).
 
     Args:
         model: `DetectorDescriptor`.
         batch: B images.
-        previous_BP2: previous labels in heatmap units, padded with NaN.
+        previous_BP2: previous labels in heatmap units, padded with NaN; or none.
         input_size: side S of the view.
         threshold: detector confidence above which a keypoint is taken.
         precision: see `sst.nn.precision`.
@@ -272,8 +310,11 @@ def describe(
     """
     heat, desc = keypoint_maps(model, batch, input_size, precision)
     image_M, found_M2, _ = decode_keypoints(heat, threshold)
-    image_N, points_N2 = unite(previous_BP2, image_M, found_M2, *heat.shape[-2:])
-    count_B = torch.bincount(image_N, minlength=len(previous_BP2))
+    if previous_BP2 is None:
+        image_N, points_N2 = image_M, found_M2
+    else:
+        image_N, points_N2 = unite(previous_BP2, image_M, found_M2, *heat.shape[-2:])
+    count_B = torch.bincount(image_N, minlength=len(heat))
     slot_N = torch.arange(len(image_N), device=image_N.device) - (count_B.cumsum(0) - count_B)[image_N]
     padded_BS2 = points_N2.new_zeros(len(count_B), max(1, int(count_B.max())), 2)
     padded_BS2[image_N, slot_N] = points_N2

@@ -41,8 +41,12 @@ class AnnotatedImages:
     is_test: np.ndarray
 
     @classmethod
-    def of(cls, corpus: Corpus) -> "AnnotatedImages | None":
+    def of(cls, corpus: Corpus, *, training_only: bool = False) -> "AnnotatedImages | None":
         """Reads the first 1,000 annotated training images and all annotated test images; None where there are none.
+
+        Args:
+            corpus: what to read.
+            training_only: leave the test images unread.
 
         Raises:
             ValueError: if images have different numbers of points.
@@ -51,7 +55,7 @@ class AnnotatedImages:
         points: list[np.ndarray] = []
         tests: list[bool] = []
         for shard in sorted(corpus.manifest.shards, key=lambda s: (s.split == "test", s.file)):
-            if shard.split == "train" and len(points) >= TRAIN_IMAGES:
+            if len(points) >= TRAIN_IMAGES if shard.split == "train" else training_only:
                 continue
             numbers = []
             for number, sample in enumerate(read_shard(f"{corpus.url}/{shard.file}", shard.sha256)):
@@ -62,7 +66,7 @@ class AnnotatedImages:
                     points.append(transform_points(matrix, np.array(sample.meta.points, np.float64)))
                     tests.append(shard.split == "test")
             rows.append((shard, np.array(numbers, np.int64)))
-        if not points or not any(tests) or all(tests):
+        if not points or all(tests) or not (training_only or any(tests)):
             return None
         if len({len(p) for p in points}) > 1:
             raise ValueError("annotated images have different numbers of points, so they cannot be scored together")

@@ -134,7 +134,7 @@ def evaluate(
         return Scores(np.empty(0), np.empty(0), math.nan, math.nan, 0, rules.name)
     prediction, visible_NK = prediction[:, kept], visible_NK[:, kept]
     length_T = rules.normaliser(groundtruth[test])
-    forward_L = _forward_errors(prediction, visible_NK, groundtruth, train, test, rules.train_images, length_T, seed)
+    forward_L = forward_errors(prediction, visible_NK, groundtruth, train, test, rules.train_images, length_T, seed)
     backward_K = _backward_errors(prediction, visible_NK, groundtruth, train[: rules.train_images], test, length_T)
     forward, backward = _curve(forward_L), _curve(backward_K)
     return Scores(forward, backward, float(forward[-1]), float(backward[-1]), int(kept.sum()), rules.name)
@@ -254,7 +254,7 @@ def _regression(x_FP: np.ndarray, y_FQ: np.ndarray) -> np.ndarray:
     return np.linalg.solve(gram, x_FP.T @ y_FQ)
 
 
-def _forward_errors(
+def forward_errors(
     prediction_NK2: np.ndarray,
     visible_NK: np.ndarray,
     groundtruth_NL2: np.ndarray,
@@ -264,7 +264,18 @@ def _forward_errors(
     length_T: np.ndarray,
     seed: int,
 ) -> np.ndarray:
-    """Error of each annotated point (L,), predicted from all landmarks; mean of the draws."""
+    """Error of each annotated point (L,), predicted from all landmarks; mean of the draws.
+
+    Args:
+        prediction_NK2: landmarks; what stands where one is not visible is ignored.
+        visible_NK: bool; each landmark visible in one training image at least.
+        groundtruth_NL2: annotated points.
+        train: numbers of the images of which each draw takes `count` to fit on.
+        test: numbers of the images to score.
+        count: at most; fewer where there are fewer.
+        length_T: what the errors in each test image are divided by.
+        seed: of the draws.
+    """
     x = prediction_NK2.reshape(len(prediction_NK2), -1) / VIEW
     y = groundtruth_NL2.reshape(len(groundtruth_NL2), -1) / VIEW
     known = np.repeat(visible_NK, 2, axis=1)
@@ -285,6 +296,32 @@ def _forward_errors(
     return error_L / DRAWS
 
 
+def landmark_places(
+    landmark_NK2: np.ndarray, visible_NK: np.ndarray, groundtruth_NL2: np.ndarray, fitted: np.ndarray, asked: np.ndarray
+) -> np.ndarray:
+    """Where the annotated points say that each landmark is, by a regression fitted where it is visible.
+
+    Args:
+        landmark_NK2: landmarks; what stands where one is not visible is ignored.
+        visible_NK: bool.
+        groundtruth_NL2: annotated points.
+        fitted: numbers of the images on which the regressions are fitted, each landmark visible in one at least.
+        asked: numbers of the images in which the landmarks are sought.
+
+    Returns:
+        float64 (len(asked), K, 2).
+    """
+    x = groundtruth_NL2.reshape(len(groundtruth_NL2), -1) / VIEW - 0.5
+    y = landmark_NK2 / VIEW - 0.5
+    x_asked, places = x[asked], np.empty((len(asked), *landmark_NK2.shape[1:]))
+    for k in range(places.shape[1]):
+        rows = fitted[visible_NK[fitted, k]]
+        x_mean, y_mean = x[rows].mean(axis=0), y[rows, k].mean(axis=0)
+        weights = _regression(x[rows] - x_mean, y[rows, k] - y_mean)
+        places[:, k] = VIEW * (x_asked @ weights + (y_mean - x_mean @ weights) + 0.5)
+    return places
+
+
 def _backward_errors(
     prediction_NK2: np.ndarray,
     visible_NK: np.ndarray,
@@ -294,17 +331,9 @@ def _backward_errors(
     length_T: np.ndarray,
 ) -> np.ndarray:
     """Error of each landmark (K,), predicted from all annotated points, where it is visible."""
-    x = groundtruth_NL2.reshape(len(groundtruth_NL2), -1) / VIEW - 0.5
-    y = prediction_NK2 / VIEW - 0.5
-    x_test, y_test, shown_TK = x[test], y[test], visible_NK[test]
-    error_K = np.empty(prediction_NK2.shape[1])
-    for k in range(len(error_K)):
-        rows, shown = first[visible_NK[first, k]], shown_TK[:, k]
-        x_mean, y_mean = x[rows].mean(axis=0), y[rows, k].mean(axis=0)
-        weights = _regression(x[rows] - x_mean, y[rows, k] - y_mean)
-        off = VIEW * (x_test @ weights + (y_mean - x_mean @ weights) - y_test[:, k])
-        error_K[k] = (_lengths(off) / length_T)[shown].mean()
-    return error_K
+    off = landmark_places(prediction_NK2, visible_NK, groundtruth_NL2, first, test) - prediction_NK2[test]
+    error_TK, shown_TK = _lengths(off) / length_T[:, None], visible_NK[test]
+    return np.array([error_TK[shown_TK[:, k], k].mean() for k in range(error_TK.shape[1])])
 
 
 def _lengths(off: np.ndarray) -> np.ndarray:

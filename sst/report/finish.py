@@ -101,6 +101,8 @@ def summary(model: ModelRecord, scores: Scores | None, corpus: Corpus, seconds: 
     shown = {"landmarks": str(len(model.clusters))}
     if "equivariance_error" in model.metrics:
         shown["equivariance error, of the view"] = f"{model.metrics['equivariance_error']:.2f} %"
+    if "coverage" in model.metrics:
+        shown["coverage of what recurs"] = f"{100 * model.metrics['coverage']:.0f} %"
     if scores is not None:
         shown |= {
             "forward error": percent(scores.forward),

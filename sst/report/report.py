@@ -86,6 +86,8 @@ MEANINGS = {
     "landmarks": "Channels of the model: each names one place of the object.",
     "equivariance error": "An image is warped at random; how far the landmarks found on it lie from those of the plain "
     "image, moved by the same warp. Small for landmarks that stick to the object. Needs no annotation.",
+    "coverage of what recurs": "Share of the labelled points of all clusters, landmarks or not, that have a visible "
+    "landmark within a sixteenth of the view. Small where landmarks crowd. Needs no annotation.",
     "forward error": "Annotated points are predicted from the landmarks by a linear regression; the mean error, in the "
     "protocol's unit. Says whether the landmarks hold the shape. Only with annotations.",
     "backward error": "The reverse: landmarks predicted from annotated points. Says whether the landmarks are steady. "

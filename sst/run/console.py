@@ -115,6 +115,8 @@ class Show:
             text, whole = arithmetic_line(line), True
         elif kind == "health":
             text, whole = f"warning: {line['text']} {line['advice']}", True
+        elif kind == "settled":
+            text, whole = f"refinements no longer gain after round {line['round']}; the rest is left out", True
         elif kind == "resume":
             text, whole = f"resumed after step {line['step']}", True
         else:

@@ -259,6 +259,6 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     trainer = Trainer(settings, corpus, run, group, tools)
     try:
         network = trainer()
-        Finisher(trainer.settings, corpus, run, group, tools)(network, run.record(trainer.phases[-1].round))
+        Finisher(trainer.settings, corpus, run, group, tools)(network, run.records()[-1])
     except Stopped:
         return  # a failure would be a reason to start again

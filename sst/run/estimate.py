@@ -20,7 +20,7 @@ from torch import nn
 from cluster.kmeans import KMeansSettings, fit
 from cluster.outliers import outlier_scores
 from cluster.shards import Labels
-from sst.config import TrainSettings
+from sst.config import Stage2Settings, TrainSettings
 from sst.data.corpus import Corpus
 from sst.data.loader import decode_to_view
 from sst.data.shards import read_shard
@@ -99,17 +99,21 @@ def expected_seconds(settings: TrainSettings, images: int, speed: Speed) -> floa
     phases = plan(settings, images)
     steps = sum(phase.steps * (speed.stage1 if phase.stage == 1 else speed.stage2) for phase in phases)
     rounds = sum(phase.stage == 1 for phase in phases)  # each is followed by a correspondence
-    merges = len(phases) - rounds - 1
+    refinements = settings.stage2.refine_rounds
+    merges = len(phases) - rounds - refinements - 1
     kmeans = speed.kmeans * min(settings.cluster.sample, POINTS * images)
-    passes = images * (speed.keypoints + rounds * speed.describe + (merges + 2) * speed.predict)  # 2 for the end
-    between = (rounds + 1) * kmeans + (rounds + merges + 1) * ROUND_SECONDS
+    # A refinement looks at every image and at a warped copy; 2 for the end.
+    predicted = merges + 2 * refinements + 2
+    passes = images * (speed.keypoints + rounds * speed.describe + predicted * speed.predict)
+    between = (rounds + 1) * kmeans + (rounds + merges + refinements + 1) * ROUND_SECONDS
     return START_SECONDS + speed.first + steps + passes + between
 
 
 def scaled(settings: TrainSettings, factor: float) -> TrainSettings:
     """The same schedule with all steps times a factor, down to a least length.
 
-    Rounds and mergings become fewer before they become too short; nothing that was shorter becomes longer.
+    Rounds and mergings become fewer before they become too short; nothing that was shorter becomes longer. Refinements
+    keep their length: there are more or fewer of them.
     """
     one, two = settings.stage1, settings.stage2
 
@@ -119,7 +123,8 @@ def scaled(settings: TrainSettings, factor: float) -> TrainSettings:
     in_rounds = steps(one.rounds * one.round_iterations, MIN_ROUND)
     rounds = max(min(1, one.rounds), min(one.rounds, in_rounds // MIN_ROUND))
     iterations = steps(two.iterations, 2 * MIN_ROUND)
-    share = iterations / two.iterations
+    refinements = steps(two.refine_rounds, 1)
+    share = (iterations + refinements * two.refine_iterations) / stage2_steps(two)
     every = two.merge_every
     return settings.changed(
         stage1=one.changed(
@@ -129,11 +134,19 @@ def scaled(settings: TrainSettings, factor: float) -> TrainSettings:
         ),
         stage2=two.changed(
             iterations=iterations,
+            refine_rounds=refinements,
             milestones=tuple(round(milestone * share) for milestone in two.milestones),
-            merge_after=round(two.merge_after * share),
-            merge_every=None if every is None else max(min(every, MIN_ROUND), round(every * share)),
+            merge_after=round(two.merge_after * iterations / two.iterations),
+            merge_every=None
+            if every is None
+            else max(min(every, MIN_ROUND), round(every * iterations / two.iterations)),
         ),
     )
+
+
+def stage2_steps(two: Stage2Settings) -> int:
+    """Optimizer steps of stage 2, refinements included."""
+    return two.iterations + two.refine_rounds * two.refine_iterations
 
 
 def within(settings: TrainSettings, images: int, speed: Speed, minutes: float) -> TrainSettings:
@@ -152,7 +165,7 @@ def within(settings: TrainSettings, images: int, speed: Speed, minutes: float) -
             f"{expected_seconds(settings, images, speed) / 60:.0f}; take --minutes {enough:g} or more, or fewer images"
         )
     step = min(speed.stage1, speed.stage2)
-    factor = max(1.0, 60 * minutes / step / (settings.stage2.iterations or 1))  # beyond what could fit
+    factor = max(1.0, 60 * minutes / step / stage2_steps(settings.stage2))  # beyond what could fit
     while factor > 1e-5:
         # Whole rounds and mergings make the time jump, so no equation is solved.
         if expected_seconds(fitting := scaled(settings, factor), images, speed) <= 60 * minutes:
@@ -213,9 +226,10 @@ def stage_seconds(
 ) -> tuple[float, float, float]:
     """(seconds of a step, of an image in a pass, of the first ones beyond that) of a stage, in one worker."""
     network, clusters = settings.network.shape, settings.cluster.clusters
-    model: nn.Module = DetectorDescriptor(network) if stage == 1 else LandmarkDetector(network, clusters)
+    probabilities, kind = settings.stage2.objective == "focal", (settings.stage1, settings.stage2)[stage - 1].optimizer
+    model: nn.Module = DetectorDescriptor(network) if stage == 1 else LandmarkDetector(network, clusters, probabilities)
     model = laid_out(model, device, compiles).train()
-    update = Update(model, 1e-6, 0.0)
+    update = Update(model, 1e-6, 0.0, kind)
     total = settings.stage1.pairs if stage == 1 else settings.stage2.batch
     batch = random_batch(max(2, total // workers), settings.network.input_size, clusters).to(device)
     generator = torch.Generator(device).manual_seed(0)

@@ -1,9 +1,8 @@
 """Settings for one's own images: what to train, how long, on what, and why.
 
-Everything scales from what was measured: the `faces-cpu` preset on CPU cores, the published schedule on GPUs.
+Everything scales from what was measured: the `faces-cpu` preset on CPU cores, the `faces-gpu` preset on GPUs.
 """
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from sst.presets import PRESETS
 from sst.progress import duration
 from sst.report.advice import FEW_IMAGES
 from sst.report.finish import Outcome
-from sst.run.estimate import COMPILING_PAYS, expected_seconds, measure, scaled, within
+from sst.run.estimate import COMPILING_PAYS, expected_seconds, measure, within
 from sst.run.options import RunName, RunOptions, WithRuns
 from sst.run.pipeline import train_run
 from sst.run.placement import REST_GB, WORKER_GB, Machine, cpu_workers, place
@@ -41,13 +40,6 @@ CLUSTERS_PER_LANDMARK = 1.5
 
 POPULATION_SHARE = 0.06
 """Share of the training images in which a cluster must be labelled to become a landmark."""
-
-PUBLISHED_IMAGES = 200_000
-"""Images of the corpus that the published schedule is made for."""
-
-MIN_SCHEDULE = 0.1
-"""Smallest share of the published schedule that is chosen without `--minutes`; the steps otherwise go with the root of
-the number of images."""
 
 
 @dataclass(frozen=True)
@@ -96,27 +88,11 @@ def choose(images: int, landmarks: int, machine: Machine) -> TrainSettings:
         )
     clusters = max(landmarks + 2, round(CLUSTERS_PER_LANDMARK * landmarks))
     population = max(4, min(500, round(POPULATION_SHARE * images)))
-    share = 1.0 if not machine.gpus else min(1.0, max(MIN_SCHEDULE, math.sqrt(images / PUBLISHED_IMAGES)))
-    base = PRESETS["celeba" if machine.gpus else "faces-cpu"][1]
-    small = PRESETS["faces-cpu"][1]
+    base = PRESETS["faces-gpu" if machine.gpus else "faces-cpu"][1]
     settings = base.changed(
-        keypoints=small.keypoints,
         cluster=base.cluster.changed(clusters=clusters),
-        stage1=small.stage1.changed(
-            warmup_iterations=base.stage1.warmup_iterations,
-            rounds=base.stage1.rounds,
-            round_iterations=base.stage1.round_iterations,
-        ),
-        stage2=base.stage2.changed(
-            weight_decay=small.stage2.weight_decay,
-            min_population=population,
-            max_landmarks=landmarks,
-            merge_every=small.stage2.merge_every if not machine.gpus else 5_000,
-            visible=small.stage2.visible,
-            augmentation=small.stage2.augmentation,
-        ),
+        stage2=base.stage2.changed(min_population=population, max_landmarks=landmarks),
     )
-    settings = scaled(settings, share)
     workers_for(settings, machine)  # refuses a machine with too little memory
     return settings
 
@@ -128,19 +104,21 @@ def reasons(settings: TrainSettings, images: int, machine: Machine, minutes: flo
     size = "the published network" if machine.gpus else "small enough for CPU cores"
     if minutes is not None:
         schedule = f"as much as fits {minutes:g} minutes"
-    elif machine.gpus:
-        schedule = "the published schedule, less by the root of the number of images"
     else:
-        schedule = "the schedule of the faces-cpu preset"
+        schedule = f"the schedule of the {'faces-gpu' if machine.gpus else 'faces-cpu'} preset"
     clusters, population, wanted = settings.cluster.clusters, two.min_population, two.max_landmarks
     return [
         Choice("workers", str(workers_for(settings, machine)), f"{device}, {machine.memory_gb:.0f} GB of memory free"),
         Choice("network", f"{network.input_size} px, width {network.width}", size),
         Choice("clusters", str(clusters), f"{CLUSTERS_PER_LANDMARK:g} for each landmark: some will be merged"),
-        Choice("landmarks", str(wanted), "as you asked; of more, the steadiest are kept"),
+        Choice("landmarks", str(wanted), "as you asked; of more, steady ones that are spread over the object"),
         Choice("least population", str(population), f"{100 * POPULATION_SHARE:.0f} % of {images} training images"),
         Choice("stage 1", f"{one.warmup_iterations} + {one.rounds} x {one.round_iterations} steps", schedule),
-        Choice("stage 2", f"{two.iterations} steps", schedule),
+        Choice(
+            "stage 2",
+            f"{two.iterations} steps, then {two.refine_rounds} refinements of {two.refine_iterations}",
+            schedule,
+        ),
     ]
 
 

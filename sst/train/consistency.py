@@ -46,6 +46,24 @@ def repeatability(moved_NK2: np.ndarray, predicted_NK2: np.ndarray, radius: floa
     return share
 
 
+def coverage(structure_NP2: np.ndarray, points_NK2: np.ndarray, reach: float) -> float:
+    """Share of what recurs on the object that lies within reach of a landmark.
+
+    Args:
+        structure_NP2: labelled points of all clusters, whether they became landmarks or not; NaN = none.
+        points_NK2: visible landmarks; NaN = not visible.
+        reach: pixels.
+
+    Returns:
+        A fraction of the labelled points; NaN if there are none.
+    """
+    there = np.isfinite(structure_NP2[..., 0])
+    if not there.any():
+        return math.nan
+    gap = np.linalg.norm(structure_NP2[:, :, None].astype(np.float64) - points_NK2[:, None], axis=-1)
+    return float((gap < reach).any(-1)[there].mean())  # a NaN is below nothing
+
+
 def label_persistence(previous: Labels, current: Labels, radius: float) -> float:
     """Share of the previous labels that are found again: same image, same cluster, at most `radius` away.
 

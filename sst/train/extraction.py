@@ -105,19 +105,19 @@ def extract_descriptors(
     model: nn.Module,
     corpus: str,
     shard: ShardInfo,
-    previous: Labels,
+    previous: Labels | None,
     *,
     input_size: int,
     threshold: float,
     precision: Precision,
 ) -> tuple[Descriptors, int]:
-    """Keypoints of the detector united with the previous labels, and their descriptors (paper, section 3.2).
+    """Keypoints of the detector, united with previous labels or alone, and their descriptors (paper, section 3.2).
 
     Args:
         model: stage-1 network, perhaps compiled.
         corpus: directory of the shards.
         shard: the shard.
-        previous: the shard's labels of the round before.
+        previous: the shard's labels of the round before; or none, so that labels are what the detector finds now.
         input_size: side S of the view.
         threshold: detector confidence above which a keypoint is taken.
         precision: see `sst.nn.precision`.
@@ -126,7 +126,9 @@ def extract_descriptors(
     counts, points, descriptors = [], [], []  # type: list[np.ndarray], list[np.ndarray], list[np.ndarray]
     first = 0
     for batch in shard_batches(corpus, shard, input_size, BATCH):
-        labels = torch.from_numpy(padded_points(previous, first, len(batch.keys))).to(device)
+        labels = None
+        if previous is not None:
+            labels = torch.from_numpy(padded_points(previous, first, len(batch.keys))).to(device)
         found = describe(
             model,
             batch.to(device),
@@ -216,7 +218,7 @@ def predict_landmarks(
 
 
 @torch.inference_mode()
-def keypoint_equivariance(
+def found_clusters(
     model: nn.Module,
     batch: Batch,
     centroids: np.ndarray,
@@ -225,37 +227,33 @@ def keypoint_equivariance(
     input_size: int,
     threshold: float,
     precision: Precision,
-    seed: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Clusters found on images and on warped copies of them.
+    warp_B33: torch.Tensor | None = None,
+) -> np.ndarray:
+    """Where the clusters of a round are found on images; float64 (B, K, 2), pixels of the S x S view, NaN where not.
 
-    Returns:
-        Two arrays (B, K, 2) of points in pixels of the S x S view, NaN where a cluster was not found: those of the
-        images, moved by the warp, and those found on the warped copies. Points that the warp moves out of the
-        view are NaN.
+    Args:
+        model: stage-1 network, perhaps compiled.
+        batch: B images.
+        centroids: of the clusters.
+        thresholds: squared distances below which a point counts.
+        input_size: side S of the view.
+        threshold: detector confidence above which a keypoint is taken.
+        precision: see `sst.nn.precision`.
+        warp_B33: by which the views are changed first; the points are then those of the changed ones.
     """
-    device = next(model.parameters()).device
-    batch = batch.to(device)
-    generator = torch.Generator().manual_seed(seed)
-    warp = random_affine(len(batch.keys), input_size, Augmentation(), generator).to(device)
-
-    def found(matrix: torch.Tensor | None) -> np.ndarray:
-        heat, desc = keypoint_maps(model, batch, input_size, precision, matrix)
-        image, points, _ = decode_keypoints(heat, threshold)
-        result = np.full((len(batch.keys), len(centroids), 2), np.nan)
-        for row in range(len(batch.keys)):
-            each = points[image == row]
-            raw = sample_descriptors(desc[row : row + 1], each[None])[0]
-            unit = functional.normalize(raw, dim=-1).cpu().numpy()
-            kept = usable(unit)
-            match = assign(unit[kept], centroids)
-            sure = match.distance < thresholds[match.cluster]
-            result[row, match.cluster[sure]] = each.cpu().numpy()[kept][match.point[sure]] * STRIDE
-        return result
-
-    moved = transform(warp, torch.from_numpy(found(None)).float().to(device)).cpu().numpy()
-    moved[(moved < 0).any(-1) | (moved > input_size - 1).any(-1)] = np.nan
-    return moved, found(warp)
+    batch = batch.to(next(model.parameters()).device)
+    heat, desc = keypoint_maps(model, batch, input_size, precision, warp_B33)
+    image, points, _ = decode_keypoints(heat, threshold)
+    result = np.full((len(batch.keys), len(centroids), 2), np.nan)
+    for row in range(len(batch.keys)):
+        each = points[image == row]
+        raw = sample_descriptors(desc[row : row + 1], each[None])[0]
+        unit = functional.normalize(raw, dim=-1).cpu().numpy()
+        kept = usable(unit)
+        match = assign(unit[kept], centroids)
+        sure = match.distance < thresholds[match.cluster]
+        result[row, match.cluster[sure]] = each.cpu().numpy()[kept][match.point[sure]] * STRIDE
+    return result
 
 
 def predict_shard(

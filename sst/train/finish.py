@@ -1,5 +1,6 @@
 """The end of training: the landmark model, its landmarks on every image, and what they tell without annotations."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,16 +8,21 @@ import numpy as np
 from cluster import storage
 from sst.config import TrainSettings
 from sst.data.corpus import Corpus
-from sst.data.loader import balanced
+from sst.data.loader import balanced, shard_batches
 from sst.data.shards import ShardInfo, read_shard
-from sst.nn.geometry import SCORING_SIZE
+from sst.nn.geometry import SCORING_SIZE, STRIDE
 from sst.nn.network import LandmarkDetector
-from sst.train.consistency import equivariance_error, repeatability
-from sst.train.extraction import Predictions, predict_shard, shard_symmetry
+from sst.train.consistency import coverage, equivariance_error, repeatability
+from sst.train.extraction import BATCH, Predictions, predict_shard, shard_symmetry
 from sst.train.model import keep_landmarks, save_model
+from sst.train.refinement import agreed, agreement, points_of, spread_out
 from sst.train.run_directory import LandmarkRecord, RoundRecord, RunDirectory
 from sst.train.tools import Tools
+from sst.train.visibility import calibrated, logistic, trials
 from sst.train.workers import Group
+
+REACH = 16.0
+"""Pixels of a 256 px view within which a landmark tells of a place: a sixteenth of the view, half an eye on a face."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +42,10 @@ class Finisher:
             network: as training left it, one channel per cluster, in eval mode.
             record: of the last round, which tells the clusters that are landmarks.
         """
-        channels = self._steadiest(network, [channel for channel, active in enumerate(record.active) if active])
+        channels = self._chosen(network, [channel for channel, active in enumerate(record.active) if active])
         network = keep_landmarks(network, channels)
+        if network.probabilities:
+            self._calibrate(network)
         shards = balanced(self.corpus.manifest.shards, self.group.world)[self.group.rank]
         metrics: dict[str, float] = {}
         for done, shard in enumerate(shards, start=1):
@@ -60,16 +68,40 @@ class Finisher:
             )
         self.group.wait()
 
-    def _steadiest(self, network: LandmarkDetector, channels: list[int]) -> list[int]:
+    def _chosen(self, network: LandmarkDetector, channels: list[int]) -> list[int]:
         """The channels to keep; all, unless `stage2.max_landmarks` bounds them."""
         maximum = self.settings.stage2.max_landmarks
         if maximum is None or len(channels) <= maximum:
             return channels
         kept: list[int] = []
         if self.group.rank == 0:
-            share = self._repeatability(keep_landmarks(network, channels), self.corpus.train[0])
-            kept = sorted(channels[number] for number in np.argsort(-share, kind="stable")[:maximum])
+            bounded = keep_landmarks(network, channels)
+            first, second = warped_twice(bounded, self.corpus, self.corpus.train[0], self.settings)
+            apart, radius = np.linalg.norm(first - second, axis=-1), self.settings.stage2.merge_radius
+            points = np.where((apart < radius)[..., None], first, np.nan)
+            found = agreement(points, np.full_like(points, np.nan), apart, radius)
+            chosen = spread_out(found, np.ones(len(channels), bool), maximum)
+            kept = [channel for channel, stays in zip(channels, chosen, strict=True) if stays]
         return list(self.group.gather(kept)[0])
+
+    def _calibrate(self, network: LandmarkDetector) -> None:
+        """Makes confidences the probability of being visible, by images of one shard; see `sst.train.visibility`."""
+        found = np.ones(network.landmark.out.out_channels), np.zeros(network.landmark.out.out_channels)
+        if self.group.rank == 0:
+            two, size, shard = self.settings.stage2, self.settings.network.input_size, self.corpus.train[0]
+            plain, again = (predict_shard(network, self.corpus, shard, self.settings, seed) for seed in (None, 1))
+            sure, still = (each.confidence >= two.refine_confidence for each in (plain, again))
+            points = agreed(plain.points, sure, again.points, still, two.refine_radius)
+            tried = trials(
+                network,
+                shard_batches(self.corpus.url, shard, size, BATCH),
+                points * (size / SCORING_SIZE / STRIDE),
+                input_size=size,
+                precision=self.settings.resources.precision,
+                seed=self.settings.seed,
+            )
+            found = logistic(tried)
+        calibrated(network, *self.group.gather(found)[0])
 
     def _repeatability(self, network: LandmarkDetector, shard: ShardInfo) -> np.ndarray:
         points = warped_twice(network, self.corpus, shard, self.settings)
@@ -89,17 +121,27 @@ class Finisher:
         self.run.write_landmarks(record)
 
     def _metrics(self, network: LandmarkDetector, shard: ShardInfo, predicted: Predictions) -> dict[str, float]:
-        """What one shard tells without annotations: visibility, what of its images the boxes cover, equivariance."""
+        """What one shard tells without annotations: visibility, what of its images the boxes cover, equivariance,
+        coverage."""
         first, second = warped_twice(network, self.corpus, shard, self.settings, predicted)
         error = equivariance_error(first, second, SCORING_SIZE)
         boxes = [sample.box_share for sample in read_shard(f"{self.corpus.url}/{shard.file}", shard.sha256)]
         metrics = {
             "visible_share": float(np.isfinite(first[..., 0]).mean()) if first.size else 0.0,
             "box_share": float(np.mean(boxes)),
+            "coverage": self._coverage(shard, first),
+            "equivariance_error": error,
+            "white": math.nan if (white := self.corpus.manifest.white) is None else white,
         }
-        if (white := self.corpus.manifest.white) is not None:
-            metrics["white"] = float(white)
-        return metrics | ({"equivariance_error": error} if np.isfinite(error) else {})
+        return {name: value for name, value in metrics.items() if np.isfinite(value)}
+
+    def _coverage(self, shard: ShardInfo, visible_NK2: np.ndarray) -> float:
+        """See `sst.train.consistency.coverage`; of the last labels that descriptors gave, NaN on test images."""
+        if shard.split != "train":
+            return math.nan
+        last = max((each for each in self.run.records() if each.thresholds is not None), key=lambda each: each.number)
+        structure = points_of(self.run.labels(last, shard.file), len(last.active), self.settings.network.input_size)
+        return coverage(structure, visible_NK2, REACH)
 
 
 def warped_twice(

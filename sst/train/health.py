@@ -109,6 +109,16 @@ SIGNS = (
         "lengthen rounds (--stage1.round-iterations), or lower --stage1.learning-rate",
     ),
     Sign(
+        "landmarks set back",
+        "set_back_share",
+        0.5,
+        False,
+        "sound refinements set back none or one of thirty; half means that answers no longer follow the images",
+        "{0:.0%} of the landmarks agreed with themselves in few of the images with a label, or slid off their labels",
+        "the network answers places of the view, not of the object, or has not learnt enough to refine itself",
+        "lengthen stage 2 (--stage2.iterations), or lower --stage2.learning-rate",
+    ),
+    Sign(
         "nothing detected",
         "peak",
         0.2,

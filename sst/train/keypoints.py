@@ -19,6 +19,13 @@ VIEW = 256
 """Side of the view that detectors see, in pixels; an image with context has the same scale."""
 
 
+DESCRIBED_OCTAVE = 1
+"""Octave of SIFT's pyramid in which descriptors are read: the image at half its size. So large a patch has 88,000
+pixels at full size, which takes seven times as long (34 ms of a core an image instead of 5) and tells no more: on faces
+the first labels are off by 16.3 instead of 17.5 % of the eye distance in the median, 17.5 instead of 17.6 in the
+mean."""
+
+
 class KeypointDetector(Protocol):
     """Finds and describes generic keypoints."""
 
@@ -70,9 +77,8 @@ class RootSift:
         sift = cv2.SIFT_create(enable_precise_upscale=True)  # type: ignore[attr-defined]
         grey = cv2.cvtColor(image_HW3, cv2.COLOR_RGB2GRAY)
         strongest = sorted(sift.detect(grey, None), key=lambda keypoint: -keypoint.response)
-        upright = [
-            cv2.KeyPoint(k.pt[0], k.pt[1], self.patch, 0.0) for k in self._apart(strongest)[: self.max_num_keypoints]
-        ]
+        kept = self._apart(strongest)[: self.max_num_keypoints]
+        upright = [cv2.KeyPoint(*k.pt, self.patch, 0.0, 0.0, DESCRIBED_OCTAVE) for k in kept]
         if not upright:
             return np.zeros((0, 2), np.float32), np.zeros((0, self.descriptor_size), np.float32)
         upright, raw = sift.compute(grey, upright)

@@ -18,6 +18,7 @@ class ModelRecord(BaseModel):
         schema_version: of this file.
         network: size of network and input.
         clusters: cluster number behind each of the model's landmarks.
+        probabilities: whether the heatmaps pass a sigmoid, see `sst.nn.network.LandmarkDetector`.
         visible: confidence from which a landmark counts as visible.
         weights: sha256 of `model.safetensors`.
         metrics: label-free metrics of the finished model, see `sst.train.finish.Finisher`.
@@ -28,6 +29,7 @@ class ModelRecord(BaseModel):
     schema_version: int = 1
     network: NetworkSettings
     clusters: list[int]
+    probabilities: bool = False
     visible: float
     weights: str
     metrics: dict[str, float] = {}
@@ -45,7 +47,7 @@ def weights_url(url: str) -> str:
 
 def keep_landmarks(model: LandmarkDetector, channels: list[int]) -> LandmarkDetector:
     """The same detector with only the given output channels, in that order."""
-    kept = LandmarkDetector(model.shape, len(channels))
+    kept = LandmarkDetector(model.shape, len(channels), model.probabilities)
     state = dict(model.state_dict())
     for name in ("landmark.out.weight", "landmark.out.bias"):
         state[name] = state[name][channels]
@@ -59,10 +61,10 @@ def save_model(url: str, model: LandmarkDetector, **fields: Any) -> ModelRecord:
     Args:
         url: directory.
         model: the detector.
-        **fields: the record's, without weights.
+        **fields: the record's, without weights and probabilities.
     """
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
-    record = ModelRecord(weights=storage.sha256(data), **fields)
+    record = ModelRecord(weights=storage.sha256(data), probabilities=model.probabilities, **fields)
     storage.write_bytes(weights_url(url), data)
     storage.write_json(record_url(url), record.model_dump())
     return record
@@ -83,7 +85,7 @@ def load_model(url: str) -> tuple[LandmarkDetector, ModelRecord]:
         raise ValueError(f"{record_url(url)}: not the record of a landmark model") from error
     if storage.sha256(data) != record.weights:
         raise ValueError(f"{weights_url(url)} does not match the hash in model.json; copy both again")
-    model = LandmarkDetector(record.network.shape, len(record.clusters))
+    model = LandmarkDetector(record.network.shape, len(record.clusters), record.probabilities)
     try:
         model.load_state_dict(load(data))
     except (SafetensorError, RuntimeError) as error:

@@ -7,10 +7,11 @@ it was given, and writes the round's record last.
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 
 import numpy as np
+import torch
 from torch import nn
 
 from cluster import storage
@@ -29,18 +30,23 @@ from sst.config import TrainSettings
 from sst.data.corpus import Corpus
 from sst.data.loader import balanced, shard_batches
 from sst.data.shards import ShardInfo
+from sst.nn.augment import Augmentation, random_affine
+from sst.nn.geometry import SCORING_SIZE, transform
 from sst.nn.network import DetectorDescriptor, LandmarkDetector
+from sst.nn.symmetry import mirror_matrix
 from sst.train.checkpoint import weights_hash
 from sst.train.consistency import equivariance_error, label_persistence
 from sst.train.extraction import (
     extract_descriptors,
-    keypoint_equivariance,
+    found_clusters,
     predict_shard,
     shard_symmetry,
 )
 from sst.train.health import kept_shares
+from sst.train.refinement import agreed, agreement, kept_landmarks, labels_of, points_of, set_back
 from sst.train.run_directory import RoundRecord, RunDirectory
 from sst.train.schedule import derived_seed
+from sst.train.symmetry import find_symmetry
 from sst.train.tools import Tools
 from sst.train.workers import Group
 
@@ -86,10 +92,8 @@ class RoundMaker:
                 seed=seed,
                 previous=before if self.settings.cluster.keep_identities else None,
             )
-            moved, found_again = (
-                self._equivariance(forward, found),
-                self._persistence(previous, found.thresholds, number),
-            )
+            moved, partner = self._warped_clusters(forward, found)
+            found_again = self._persistence(previous, found.thresholds, number)
             metrics = correspondence_metrics(found)
             earlier = [each.metrics for each in self.run.records() if each.kind == "correspondence"]
             seconds = {"extract": extracted - started} | found.seconds
@@ -104,6 +108,7 @@ class RoundMaker:
                 thresholds=found.thresholds.tolist(),
                 active=(found.population > self.settings.stage2.min_population).tolist(),
                 population=found.population.tolist(),
+                partner=partner,
                 metrics=metrics
                 | kept_shares(metrics, earlier)
                 | {"unusable_descriptors": dropped}
@@ -152,9 +157,7 @@ class RoundMaker:
             partner = None
             if two.flip_share:
                 found = shard_symmetry(model, self.corpus, self.corpus.train[0], self.settings, two.merge_confidence)
-                # An inactive channel draws nothing that could be trusted.
-                sound = active & active[found.partner] & (found.partner >= 0)
-                partner = np.where(sound, found.partner, -1).tolist()
+                partner = partners_among(active, found.partner.tolist())
             record = RoundRecord(
                 number=number,
                 kind="merge",
@@ -173,6 +176,74 @@ class RoundMaker:
                     "merged": int(np.sum(previous.active) - active.sum()),
                 },
                 seconds={"merge": time.monotonic() - started},
+            )
+            self.run.finish_round(record, None)
+            self.tools.log(record.line())
+        self.group.wait()
+
+    def refine(self, forward: nn.Module, previous: RoundRecord, weights: str, step: int) -> None:
+        """Makes the network's own answers the labels, where they agree under a warp; see `sst.train.refinement`.
+
+        Landmarks that have become one place are joined, and where there are more than `stage2.max_landmarks`, those
+        that agree best and lie apart are kept.
+
+        Args:
+            forward: stage-2 network as it is called, in eval mode, perhaps compiled.
+            previous: record of the round whose labels were trained on.
+            weights: hash of the network's weights.
+            step: optimizer steps taken in the run.
+        """
+        number, two, started = previous.number + 1, self.settings.stage2, time.monotonic()
+        size, url = self.settings.network.input_size, self.run.round_url(number)
+        active, before = np.array(previous.active), np.array(previous.population)
+        parts = []
+        for done, shard in enumerate(self._mine(), start=1):
+            plain, warped = (
+                predict_shard(forward, self.corpus, shard, self.settings, warp_seed=seed)
+                for seed in (None, derived_seed(self.settings.seed, ROUND_SEED, number))
+            )
+            sure, again = (each.confidence >= two.refine_confidence for each in (plain, warped))
+            points = agreed(plain.points, sure & active, warped.points, again, two.refine_radius)
+            labels_of(points, size).save(labels_url(url, shard.file))
+            earlier = points_of(self.run.labels(previous, shard.file), len(active), size)
+            error = np.linalg.norm(plain.points - warped.points, axis=-1)
+            parts.append(agreement(points, earlier, error, two.merge_radius))
+            self._progress("refine", done)
+        shares = [reduce(add, each) for each in self.group.gather(parts) if each]
+        if self.group.rank == 0:
+            found = reduce(add, shares)
+            kept = kept_landmarks(found, active, before, two.merge_share, two.max_landmarks)
+            back = set_back(found, kept, before, two.refine_radius)
+            shards = [shard.file for shard in self.corpus.train]
+            population = np.sum(
+                self.tools.run_on_shards(
+                    refined_shard, [(self.run, previous, s, labels_url(url, s), kept, back) for s in shards]
+                ),
+                0,
+            )
+            record = RoundRecord(
+                number=number,
+                kind="refinement",
+                step=step,
+                weights=weights,
+                manifest=previous.manifest,
+                seed=previous.seed,
+                backend=None,
+                thresholds=None,
+                active=kept.tolist(),
+                population=population.tolist(),
+                partner=partners_among(kept, previous.partner),
+                metrics={
+                    "labels_per_image": float(population.sum() / found.images),
+                    "clusters_in_use": int(kept.sum()),
+                    "merged": int(active.sum() - kept.sum()),
+                    "set_back": int(back.sum()),
+                    "set_back_share": float(back.sum() / max(1, kept.sum())),
+                    "equivariance_error": float(
+                        100 / SCORING_SIZE * found.error[kept].sum() / max(1, found.found[kept].sum())
+                    ),
+                },
+                seconds={"refine": time.monotonic() - started},
             )
             self.run.finish_round(record, None)
             self.tools.log(record.line())
@@ -198,7 +269,7 @@ class RoundMaker:
                     model,
                     self.corpus.url,
                     shard,
-                    self.run.labels(previous, shard.file),
+                    self.run.labels(previous, shard.file) if self.settings.stage1.unite else None,
                     input_size=self.settings.network.input_size,
                     threshold=self.settings.stage1.threshold,
                     precision=self.settings.resources.precision,
@@ -226,21 +297,32 @@ class RoundMaker:
         )
         return {"label_persistence": float(np.average([share for share, _ in shares], weights=[n for _, n in shares]))}
 
-    def _equivariance(self, model: nn.Module, found: Correspondence) -> dict[str, float]:
-        size = self.settings.network.input_size
+    def _warped_clusters(self, forward: nn.Module, found: Correspondence) -> tuple[dict[str, float], list[int] | None]:
+        """How well clusters follow a warp, and, where images are to be mirrored, their partners there."""
+        size, one = self.settings.network.input_size, self.settings.stage1
         batch = next(shard_batches(self.corpus.url, self.corpus.train[0], size, EQUIVARIANCE_IMAGES))
-        moved, predicted = keypoint_equivariance(
-            model,
+        clusters = partial(
+            found_clusters,
+            forward,
             batch,
             found.kmeans.centroids,
             found.thresholds,
             input_size=size,
-            threshold=self.settings.stage1.threshold,
+            threshold=one.threshold,
             precision=self.settings.resources.precision,
-            seed=self.settings.seed,
         )
-        error = equivariance_error(moved, predicted, size)
-        return {"equivariance_error": error} if np.isfinite(error) else {}
+        device, generator = self.group.device, torch.Generator().manual_seed(self.settings.seed)
+        warp = random_affine(len(batch.keys), size, Augmentation(), generator)
+        plain = clusters()
+        moved = transform(warp, torch.from_numpy(plain).float()).numpy()
+        moved[(moved < 0).any(-1) | (moved > size - 1).any(-1)] = np.nan
+        error = equivariance_error(moved, clusters(warp_B33=warp.to(device)), size)
+        partner = None
+        if one.flip_share:
+            mirrored = clusters(warp_B33=mirror_matrix(size, device).expand(len(batch.keys), 3, 3))
+            mirrored[..., 0] = size - mirrored[..., 0]
+            partner = find_symmetry(plain, mirrored, size).partner.tolist()
+        return {"equivariance_error": error} if np.isfinite(error) else {}, partner
 
 
 def correspondence_metrics(found: Correspondence) -> dict[str, float]:
@@ -252,6 +334,13 @@ def correspondence_metrics(found: Correspondence) -> dict[str, float]:
         "kmeans_iterations": found.kmeans.iterations,
         "empty_clusters": found.kmeans.empty,
     }
+
+
+def partners_among(active_K: np.ndarray, partner: list[int] | None) -> list[int] | None:
+    """Partners of which both are active, -1 elsewhere: an inactive channel draws nothing that could be trusted."""
+    if partner is None:
+        return None
+    return [j if j >= 0 and active_K[k] and active_K[j] else -1 for k, j in enumerate(partner)]
 
 
 def merge_shard(
@@ -266,6 +355,25 @@ def merge_shard(
     labels = apply_merge(run.labels(previous, shard), mapping, population)
     labels.save(target)
     return np.bincount(labels.cluster, minlength=len(mapping)), len(labels)
+
+
+def refined_shard(
+    run: RunDirectory, previous: RoundRecord, shard: str, target: str, kept: np.ndarray, back: np.ndarray
+) -> np.ndarray:
+    """Writes a shard's labels: the answers of the landmarks that are kept, or the labels before of those set back."""
+    clusters = len(kept)
+    new, old = Labels.load(target), run.labels(previous, shard)
+    new, old = new.keep((kept & ~back)[new.cluster]), old.keep(back[old.cluster])
+    image = [np.repeat(np.arange(len(each)), np.diff(each.offsets)) for each in (new, old)]
+    order = np.argsort(np.concatenate(image), kind="stable")
+    joined = Labels(
+        new.offsets + old.offsets,
+        np.concatenate([new.points, old.points])[order],
+        np.concatenate([new.cluster, old.cluster])[order],
+        np.concatenate([new.distance, old.distance])[order],
+    )
+    joined.save(target)
+    return np.bincount(joined.cluster, minlength=clusters)
 
 
 def shard_persistence(

@@ -46,7 +46,7 @@ class RoundRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     number: int
-    kind: Literal["keypoints", "correspondence", "merge"]
+    kind: Literal["keypoints", "correspondence", "merge", "refinement"]
     step: int
     weights: str | None
     manifest: str

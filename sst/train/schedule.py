@@ -21,6 +21,7 @@ class Phase:
         stage_step: steps of its stage before it.
         batch: pairs (stage 1) or images (stage 2) of a step over all workers.
         min_labels: images with fewer labels are not used.
+        refines: whether its labels are the landmark network's own answers.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Phase:
     stage_step: int
     batch: int
     min_labels: int
+    refines: bool = False
 
     @property
     def views(self) -> int:
@@ -39,7 +41,7 @@ class Phase:
 
 
 def plan(settings: TrainSettings, images: int) -> list[Phase]:
-    """The run's phases: warm-up, rounds, and stage 2 cut at its mergings."""
+    """The run's phases: warm-up, rounds, stage 2 cut at its mergings, and its refinements."""
     one, two = settings.stage1, settings.stage2
     lengths = [("warm-up", 1, one.warmup_iterations)] if one.warmup_iterations else []
     lengths += [(f"round {number}", 1, one.round_iterations) for number in range(1, one.rounds + 1)]
@@ -48,12 +50,15 @@ def plan(settings: TrainSettings, images: int) -> list[Phase]:
     cuts = sorted(set(cuts or [0, two.iterations]))
     cuts = [cut for cut in cuts if cut <= two.iterations]
     lengths += [("landmarks", 2, after - before) for before, after in zip(cuts[:-1], cuts[1:], strict=True)]
+    lengths += [(f"refine {number}", 2, two.refine_iterations) for number in range(1, two.refine_rounds + 1)]
+    first_refinement = len(lengths) - two.refine_rounds
     phases: list[Phase] = []
     for name, stage, steps in lengths:
         first = phases[-1].first_step + phases[-1].steps if phases else 0
         before = sum(phase.steps for phase in phases if phase.stage == stage)
         batch, minimum = (one.pairs, one.min_labels) if stage == 1 else (two.batch, 1)
-        phases.append(Phase(name, stage, len(phases), first, steps, before, batch, minimum))
+        number = len(phases)
+        phases.append(Phase(name, stage, number, first, steps, before, batch, minimum, number >= first_refinement))
     return phases
 
 
@@ -62,8 +67,11 @@ def learning_rate(settings: TrainSettings, phase: Phase, step: int) -> float:
 
     Stage 1: constant in the warm-up; each round is cut into `cosine_steps` equal parts, at whose beginnings the rate
     falls along a cosine that would reach its floor where the next round begins. Stage 2: a tenth after each
-    milestone. Source: Mallis et al. 2020, section 4, and its published code.
+    milestone. Source: Mallis et al. 2020, section 4, and its published code. Without milestones (beyond the paper) the
+    rate of stage 2 falls to nothing along a cosine in every phase, so that the next labels come from settled weights.
     """
+    if phase.stage == 2 and not settings.stage2.milestones:
+        return settings.stage2.learning_rate * 0.5 * (1 + math.cos(math.pi * step / phase.steps))
     if phase.stage == 2:
         passed = sum(phase.stage_step + step >= milestone for milestone in settings.stage2.milestones)
         return settings.stage2.learning_rate * 0.1**passed

@@ -22,9 +22,10 @@ from sst.nn.network import DetectorDescriptor, LandmarkDetector
 from sst.nn.optimizer import Update
 from sst.nn.precision import Precision, laid_out, obstacle_to_compiling, uses_bf16
 from sst.nn.steps import Batch, Losses, stage1_losses, stage2_losses
-from sst.train.checkpoint import latest_checkpoint, write_checkpoint
+from sst.train.checkpoint import latest_checkpoint, weights_hash, write_checkpoint
 from sst.train.health import Watch, dead_scales, signs
 from sst.train.meters import Meter, Skips
+from sst.train.refinement import settled
 from sst.train.rounds import RoundMaker
 from sst.train.run_directory import RoundRecord, RunDirectory
 from sst.train.schedule import Phase, derived_seed, learning_rate, plan
@@ -85,7 +86,10 @@ class Trainer:
         first, done = self._restore()
         for index, phase in enumerate(self.phases[first:], start=first):
             record = self.run.record(phase.round)
-            if self._unwell(record.line() if record.kind == "correspondence" else None):
+            if phase.refines and settled(self._agreement()):
+                self.tools.log({"kind": "settled", "round": record.number})
+                break
+            if self._unwell(record.line() if record.kind in ("correspondence", "refinement") else None):
                 raise Unwell
             if phase.stage == 2 and isinstance(self.learner.network, DetectorDescriptor):
                 self._start_stage2(record)
@@ -94,15 +98,22 @@ class Trainer:
             except torch.OutOfMemoryError as error:
                 raise RuntimeError(out_of_memory(self.settings, phase.stage)) from error
             if index + 1 < len(self.phases) and not self.run.has_round(phase.round + 1):
-                self._make_round(rounds, record, phase.first_step + phase.steps)
+                self._make_round(rounds, record, self.phases[index + 1])
         return cast(LandmarkDetector, self.learner.network.eval())
 
-    def _make_round(self, rounds: RoundMaker, record: RoundRecord, step: int) -> None:
+    def _agreement(self) -> list[float]:
+        """Per refinement so far, how far answers on images and on their warped copies lie apart, in % of the view."""
+        return [each.metrics["equivariance_error"] for each in self.run.records() if each.kind == "refinement"]
+
+    def _make_round(self, rounds: RoundMaker, record: RoundRecord, following: Phase) -> None:
+        """Makes the labels that the following phase is trained on."""
         network, forward = self.learner.network.eval(), self.learner.without_gradients
         if isinstance(network, DetectorDescriptor):
-            rounds.correspondence(network, forward, record, step)
+            rounds.correspondence(network, forward, record, following.first_step)
+        elif following.refines:
+            rounds.refine(forward, record, weights_hash(network), following.first_step)
         else:
-            rounds.merge(network, forward, record, step)
+            rounds.merge(network, forward, record, following.first_step)
 
     def _settle_arithmetic(self) -> None:
         """Agrees with all workers in what convolutions are computed and whether compiled, and says so."""
@@ -156,15 +167,13 @@ class Trainer:
 
     def _losses_of(self, phase: Phase, record: RoundRecord) -> Callable[..., Losses]:
         """What a step of a phase computes of the network, a batch and a generator."""
-        if phase.stage == 1:
-            return partial(stage1_losses, step=self.settings.stage1_step())
         device = self.group.device
-        return partial(
-            stage2_losses,
-            step=self.settings.stage2_step(),
-            active_K=torch.tensor(record.active, device=device),
-            partner_K=None if record.partner is None else torch.tensor(record.partner, device=device),
-        )
+        partner = None if record.partner is None else torch.tensor(record.partner, device=device)
+        if phase.stage == 1:
+            points = record.kind == "keypoints" and self.settings.stage1.warmup_classes == "points"
+            return partial(stage1_losses, step=self.settings.stage1_step(points), partner_K=partner)
+        active = torch.tensor(record.active, device=device)
+        return partial(stage2_losses, step=self.settings.stage2_step(), active_K=active, partner_K=partner)
 
     def _stop_asked(self) -> bool:
         """Whether the run is to end; all workers answer alike."""
@@ -200,8 +209,8 @@ class Trainer:
     def _restore(self) -> tuple[int, int]:
         """Builds network and optimizer as they were; returns phase index and steps done in it."""
         torch.manual_seed(derived_seed(self.settings.seed, WEIGHT_SEED))
-        found = latest_checkpoint(self.run.checkpoints_url)
-        self._begin_stage(DetectorDescriptor(self.settings.network.shape))
+        found, one = latest_checkpoint(self.run.checkpoints_url), self.settings.stage1
+        self._begin_stage(DetectorDescriptor(self.settings.network.shape, one.detector_objective == "focal"))
         if found is None:
             return 0, 0
         record, tensors = found
@@ -228,13 +237,14 @@ class Trainer:
             )
         torch.manual_seed(derived_seed(self.settings.seed, WEIGHT_SEED, 2))
         learnt = cast(DetectorDescriptor, self.learner.network).cpu()
-        self._begin_stage(LandmarkDetector.from_stage1(learnt, len(record.active)))
+        probabilities = self.settings.stage2.objective == "focal"
+        self._begin_stage(LandmarkDetector.from_stage1(learnt, len(record.active), probabilities))
 
     def _begin_stage(self, network: DetectorDescriptor | LandmarkDetector) -> None:
         """Puts a stage's network on the device, with its optimizer."""
         stage = self.settings.stage1 if isinstance(network, DetectorDescriptor) else self.settings.stage2
         network = laid_out(network, self.group.device, self.compiles)
-        update = Update(network, stage.learning_rate, stage.weight_decay)
+        update = Update(network, stage.learning_rate, stage.weight_decay, stage.optimizer)
         wrapped = self.group.wrap(network)
         if self.compiles:
             # Compiled outside of DDP's wrapper, so that gradients are still sent while others are computed.

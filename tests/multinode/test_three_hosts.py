@@ -39,7 +39,7 @@ toy-cpu --workers 3 --resources.worker-cpus 0.6 --stage1.pairs 6 --stage2.batch 
 --keypoints.max-num-keypoints 20
 --cluster.clusters 8 --stage1.warmup-iterations 10 --stage1.rounds 2 --stage1.round-iterations 10
 --stage1.min-labels 2 --stage1.threshold 0.05 --stage2.iterations 30 --stage2.min-population 2 --stage2.merge-after 10
---stage2.merge-every 10
+--stage2.merge-every 10 --stage2.refine-rounds 1 --stage2.refine-iterations 10 --stage2.refine-confidence 0.0
 """.split()
 
 

@@ -1,5 +1,7 @@
 """Losses against the definitions, written as loops over points."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,11 @@ from sst.nn.losses import (
     Labelled,
     descriptor_loss,
     detector_target,
+    heatmap_loss,
     landmark_loss,
     landmark_target,
     sample_descriptors,
+    softmax_loss,
 )
 
 
@@ -92,8 +96,8 @@ def test_landmark_loss_counts_active_labelled_channels_only():
     active = torch.tensor([True, False, True])
     bump = 1 + 4 * 0.411112**2 + 4 * 0.169013**2
     # Image 0 has channel 0 (1 is inactive), image 1 has channel 2: two channels, each with one whole bump.
-    assert float(landmark_loss(heat, points, cluster, active).mean()) == pytest.approx(bump / 16, rel=1e-4)
-    assert float(landmark_loss(heat, points, torch.full((2, 2), -1), active).mean()) == 0.0
+    assert float(landmark_loss(heat, points, cluster, active)[0].mean()) == pytest.approx(bump / 16, rel=1e-4)
+    assert float(landmark_loss(heat, points, torch.full((2, 2), -1), active)[0].mean()) == 0.0
 
 
 def test_descriptors_are_read_bilinearly_at_heatmap_points():
@@ -102,3 +106,63 @@ def test_descriptors_are_read_bilinearly_at_heatmap_points():
     points = torch.tensor([[[0.0, 0.0], [2.25, 3.5], [6.0, 4.0]]])
     read = sample_descriptors(maps, points)[0]
     torch.testing.assert_close(read, torch.tensor([[0.0, 0, 0], [2.25, 3.5, 1.0], [6.0, 4.0, 8.0]]))
+
+
+def test_focal_loss_is_that_of_center_points_written_as_a_loop():
+    generator = torch.Generator().manual_seed(3)
+    heat = torch.rand(2, 3, 7, 9, generator=generator)
+    points = torch.tensor([[[2.3, 3.4], [6.0, 1.0], [-3.0, 2.0]], [[4.45, 4.45], [0.0, 6.0], [8.2, 5.6]]])
+    target, _ = landmark_target(points, torch.arange(3).expand(2, 3), 3, 7, 9)
+    ours = heatmap_loss(heat, target, "focal")
+    for image in range(2):
+        for channel in range(3):
+            x, y = points[image, channel].tolist()
+            tops = [(round(y), round(x))] if x >= 0 else []
+            total = 0.0
+            for row in range(7):
+                for column in range(9):
+                    p, t = float(heat[image, channel, row, column]), float(target[image, channel, row, column])
+                    if (row, column) in tops:
+                        total -= (1 - p) ** 2 * math.log(p)
+                    else:
+                        total -= (1 - t) ** 4 * p**2 * math.log(1 - p)
+            assert float(ours[image, channel]) == pytest.approx(total, rel=1e-4)
+
+
+def test_focal_loss_of_a_detector_counts_every_label_of_an_image():
+    points = torch.tensor([[[2.0, 2.0], [6.3, 1.2], [4.0, 5.0]]])
+    target = detector_target(points, torch.tensor([[0, 1, -1]]), 8, 8, "bump")
+    heat = torch.full((1, 1, 8, 8), 0.1)
+    heat[0, 0, 2, 2], heat[0, 0, 1, 6] = 0.9, 0.5
+    background = sum(
+        (1 - float(t)) ** 4 * 0.1**2 * -math.log(0.9)
+        for place, t in np.ndenumerate(target[0, 0].numpy())
+        if place not in {(2, 2), (1, 6)}
+    )
+    expected = (0.1**2 * -math.log(0.9) + 0.5**2 * -math.log(0.5) + background) / 2
+    assert float(heatmap_loss(heat, target, "focal")) == pytest.approx(expected, rel=1e-4)
+
+
+def test_softmax_loss_is_that_of_supervised_contrast_written_as_a_loop():
+    """Over the whole batch; points outside of their view and padding neither name others nor are named."""
+    generator = torch.Generator().manual_seed(1)
+    first, second = torch.randn(2, 3, 4, generator=generator), torch.randn(2, 4, 4, generator=generator)
+    c1, c2 = torch.tensor([[0, 1, -1], [2, 0, 5]]), torch.tensor([[1, 0, 3, -1], [0, 2, 1, 4]])
+    in1 = torch.tensor([[True, True, True], [True, False, True]])
+    in2 = torch.tensor([[True, True, True, True], [True, True, False, True]])
+    ours = softmax_loss(first, second, Labelled(c1, in1), Labelled(c2, in2), 0.3)
+    candidates = [(b, m) for b in range(2) for m in range(4) if c2[b, m] >= 0 and in2[b, m]]
+    terms = []
+    for b in range(2):
+        for n in range(3):
+            if c1[b, n] < 0 or not in1[b, n]:
+                continue
+            cosines = {
+                place: float(torch.cosine_similarity(first[b, n], second[place], dim=0)) / 0.3 for place in candidates
+            }
+            whole = math.log(sum(map(math.exp, cosines.values())))
+            named = [place for place in candidates if c2[place] == c1[b, n]]
+            if named:
+                terms.append(-sum(cosines[place] - whole for place in named) / len(named))
+    assert int(ours.terms) == len(terms) == 3
+    assert float(ours.mean()) == pytest.approx(np.mean(terms), rel=1e-5)

@@ -13,6 +13,7 @@ from sst.nn.optimizer import Update, in_one_buffer
 from tests.small import SETTINGS
 
 RATE, DECAY = 1e-3, 1e-2
+TORCHS = [("rmsprop", torch.optim.RMSprop, {}), ("adamw", torch.optim.AdamW, {"fused": True})]
 
 
 def network(channels_last: bool = False) -> nn.Module:
@@ -36,10 +37,11 @@ def values(model: nn.Module) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_finite_steps_are_those_of_rmsprop(channels_last: bool) -> None:
+@pytest.mark.parametrize(("kind", "theirs", "options"), TORCHS)
+def test_finite_steps_are_those_of_torch(kind, theirs, options, channels_last: bool) -> None:
     ours, plain = network(channels_last), network(channels_last)
-    update = Update(ours, RATE, DECAY)
-    optimizer = torch.optim.RMSprop(plain.parameters(), lr=RATE, weight_decay=DECAY)
+    update = Update(ours, RATE, DECAY, kind)
+    optimizer = theirs(plain.parameters(), lr=RATE, weight_decay=DECAY, **options)
     for step, rate in enumerate((1e-3, 1e-3, 1e-4)):
         for model in (ours, plain):
             give_gradients(model, step)
@@ -55,11 +57,14 @@ def test_finite_steps_are_those_of_rmsprop(channels_last: bool) -> None:
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.lists(st.sampled_from([None, float("nan"), float("inf"), float("-inf")]), min_size=1, max_size=4))
-def test_steps_without_a_finite_gradient_leave_no_trace(broken: list[float | None]) -> None:
+@given(
+    st.lists(st.sampled_from([None, float("nan"), float("inf"), float("-inf")]), min_size=1, max_size=4),
+    st.sampled_from(["rmsprop", "adamw"]),
+)
+def test_steps_without_a_finite_gradient_leave_no_trace(broken: list[float | None], kind) -> None:
     """Whatever their order, the outcome is that of the finite ones alone."""
     ours, without = network(), network()
-    update, other = Update(ours, RATE, DECAY), Update(without, RATE, DECAY)
+    update, other = Update(ours, RATE, DECAY, kind), Update(without, RATE, DECAY, kind)
     for step, value in enumerate(broken):
         give_gradients(ours, step, value)
         assert bool(update(RATE)[1]) == (value is None)
@@ -70,9 +75,10 @@ def test_steps_without_a_finite_gradient_leave_no_trace(broken: list[float | Non
     assert all(map(torch.equal, update.state().values(), other.state().values()))
 
 
-def test_an_update_goes_on_from_its_saved_state() -> None:
+@pytest.mark.parametrize("kind", ["rmsprop", "adamw"])
+def test_an_update_goes_on_from_its_saved_state(kind) -> None:
     ours, again = network(), network()
-    update, later = Update(ours, RATE, DECAY), Update(again, RATE, DECAY)
+    update, later = Update(ours, RATE, DECAY, kind), Update(again, RATE, DECAY, kind)
     give_gradients(ours, 0)
     update(RATE)
     again.load_state_dict(copy.deepcopy(ours.state_dict()))

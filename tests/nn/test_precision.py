@@ -175,6 +175,6 @@ def test_compiled_workers_of_a_group_take_the_steps_of_plain_ones(tmp_path):
     own, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(map(torch.equal, own, other))
     norms, weights, compiled_norms, compiled_weights = own
-    torch.testing.assert_close(compiled_norms, norms, rtol=1e-4, atol=0)
+    torch.testing.assert_close(compiled_norms[0], norms[0], rtol=1e-5, atol=0)  # from equal weights
     torch.testing.assert_close(compiled_weights, weights, rtol=0, atol=2e-3)  # RMSprop's first steps magnify rounding
     assert not torch.equal(compiled_weights, weights)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common import sizes_of
 from cluster.shards import Labels
+from sst.nn.losses import descriptor_loss
 from sst.nn.network import DetectorDescriptor, LandmarkDetector
 from sst.nn.optimizer import Update
 from sst.nn.steps import random_batch, stage1_losses, stage2_losses
@@ -113,3 +115,37 @@ def test_padding_keeps_every_image_its_own_labels(counts, first, size) -> None:
     for row in range(size):
         own = padded[row][np.isfinite(padded[row, :, 0])]
         np.testing.assert_array_equal(own, labels.sample(first + row)[0])
+
+
+def test_points_that_are_their_own_classes_are_compared_within_an_image_alone(monkeypatch) -> None:
+    """Two random views of one image each: N positives, and all others of the image apart, whatever their clusters."""
+    torch.manual_seed(0)
+    model, seen = DetectorDescriptor(SETTINGS.network.shape), []
+
+    def record(first, second, one, other, margin):
+        seen.append((one.cluster_BN, other.cluster_BN))
+        return descriptor_loss(first, second, one, other, margin)
+
+    monkeypatch.setattr("sst.nn.steps.descriptor_loss", record)
+    batch = random_batch(4, SETTINGS.network.input_size, SETTINGS.cluster.clusters)
+    stage1_losses(model, batch, SETTINGS.stage1_step(own_classes=True), torch.Generator().manual_seed(0))
+    one, other = seen[0]
+    assert torch.equal(one, torch.arange(batch.points.shape[1]).expand(4, -1)) and torch.equal(one, other)
+
+
+def test_mirrored_views_have_their_points_mirrored_and_their_clusters_exchanged(monkeypatch) -> None:
+    size, seen = SETTINGS.network.input_size, []
+
+    def keep(images, stored, to_view, points, view, augmentation, generator):
+        seen.append((to_view, points))
+        return torch.zeros(len(images), 3, view, view), points, torch.ones(points.shape[:2], dtype=torch.bool)
+
+    monkeypatch.setattr("sst.nn.steps.augment", keep)
+    batch = random_batch(3, size, 4)
+    partner = torch.tensor([1, 0, 2, -1])
+    step = replace(SETTINGS.stage1_step(), flip_share=1.0, different_share=0.0)
+    stage1_losses(DetectorDescriptor(SETTINGS.network.shape), batch, step, torch.Generator().manual_seed(0), partner)
+    to_view, points = seen[0]
+    torch.testing.assert_close(points[:3, :, 0], size / 4 - batch.points[..., 0])
+    corner = torch.tensor([7.0, 5.0, 1.0])
+    assert (to_view[0] @ corner).tolist() == [size - 7.0, 5.0, 1.0]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cluster.shards import Labels
 from sst.report.evaluation import PROTOCOLS, complete, constant_guess, evaluate
-from sst.train.consistency import equivariance_error, label_persistence
+from sst.train.consistency import coverage, equivariance_error, label_persistence
 
 FACES = Path(__file__).parents[3] / "shared" / "data" / "faces"
 
@@ -396,3 +396,10 @@ def test_label_persistence_equals_a_loop(
                 found += bool(np.hypot(x - after[cluster][0], y - after[cluster][1]) <= radius)
     share = label_persistence(labels([b for b, _ in pairs]), labels([a for _, a in pairs]), radius)
     assert np.isnan(share) if total == 0 else share == pytest.approx(found / total)
+
+
+def test_coverage_is_the_share_of_what_recurs_that_a_visible_landmark_is_near():
+    structure = np.array([[[10.0, 10.0], [100.0, 100.0]], [[50.0, 50.0], [np.nan, np.nan]]])
+    points = np.array([[[10.0, 25.0], [np.nan, np.nan]], [[80.0, 80.0], [50.0, 53.0]]])
+    assert coverage(structure, points, 16.0) == pytest.approx(2 / 3)
+    assert np.isnan(coverage(np.full((1, 1, 2), np.nan), points[:1], 16.0))

@@ -15,10 +15,11 @@ from cluster.kmeans import KMeansResult, KMeansSettings
 from cluster.rapids import CumlError
 from cluster.shards import Descriptors
 from sst.config import TrainSettings
+from sst.data.corpus import Corpus
 from sst.errors import Stopped, Unwell, UnwellError, exit_on_user_error
-from sst.nn.losses import landmark_levels, landmark_loss
+from sst.nn.losses import landmark_loss
 from sst.nn.network import LandmarkDetector, NetworkShape
-from sst.nn.optimizer import Update
+from sst.nn.optimizer import OptimizerName, Update
 from sst.presets import PRESETS
 from sst.report.advice import seen_on_the_way
 from sst.run.console import Show
@@ -26,6 +27,7 @@ from sst.run.distributed import kmeans_backend, ray_tools, why_unwell
 from sst.run.metrics import MetricsFile
 from sst.run.own import Machine, choose
 from sst.train import health, trainer
+from sst.train.extraction import Predictions
 from sst.train.health import Watch, dead_scales, kept_shares, signs
 from sst.train.run_directory import RunDirectory
 from sst.train.tools import Tools
@@ -206,8 +208,8 @@ def test_levels_are_those_of_a_map_of_zeros_and_of_the_highest_points():
     heat, points = torch.rand(3, 4, 16, 16), torch.rand(3, 5, 2) * 15
     cluster = torch.tensor([[0, 1, -1, -1, -1], [2, -1, 3, -1, -1], [-1] * 5])
     active = torch.tensor([True, True, True, False])
-    levels = landmark_levels(heat, points, cluster, active)
-    assert torch.allclose(levels["all_zero"], landmark_loss(torch.zeros_like(heat), points, cluster, active).mean())
+    _, levels = landmark_loss(heat, points, cluster, active)
+    assert torch.allclose(levels["all_zero"], landmark_loss(torch.zeros_like(heat), points, cluster, active)[0].mean())
     highest = [heat[0, 0].max(), heat[0, 1].max(), heat[1, 2].max()]
     assert float(levels["peak"]) == pytest.approx(float(sum(highest)) / 3)
 
@@ -235,18 +237,18 @@ def spots(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.T
     return views.clamp(0, 1), points
 
 
-def left_after_steps(weight_decay: float, rate: float = 4e-3, steps: int = 45) -> float:
+def left_after_steps(weight_decay: float, kind: OptimizerName, rate: float = 4e-3, steps: int = 45) -> float:
     """Size of the convolutions' weights after some steps of stage 2 at 256 px, as a share of the first, median."""
     torch.manual_seed(0)
     generator, active = torch.Generator().manual_seed(0), torch.ones(2, dtype=torch.bool)
     model = LandmarkDetector(NetworkShape(width=16, depth=4, groups=2), 2)
     convolutions = [weight for weight in model.parameters() if weight.dim() == 4]
     before = [float(weight.detach().norm()) for weight in convolutions]
-    update = Update(model, rate, weight_decay)
+    update = Update(model, rate, weight_decay, kind)
     for _ in range(steps):
         views, points = spots(1, generator)
         model.zero_grad()
-        landmark_loss(model(views), points, torch.arange(2)[None], active).mean().backward()
+        landmark_loss(model(views), points, torch.arange(2)[None], active)[0].mean().backward()
         update(rate)
     shares = [float(weight.detach().norm()) / first for weight, first in zip(convolutions, before, strict=True)]
     return float(np.median(shares))
@@ -254,11 +256,13 @@ def left_after_steps(weight_decay: float, rate: float = 4e-3, steps: int = 45) -
 
 def test_at_256_px_the_published_decay_takes_a_network_apart_and_that_of_our_presets_does_not():
     """In the proportion of decay to gradient that the full size has, where it happened."""
-    assert left_after_steps(NARROWER * PRESETS["celeba"][1].stage2.weight_decay) < 0.2
+    published = PRESETS["celeba"][1].stage2
+    assert left_after_steps(NARROWER * published.weight_decay, published.optimizer) < 0.2
     settings = [PRESETS[name][1] for name in ("faces-cpu", "toy-cpu")]
     settings += [choose(3_000, 20, Machine(16, gpus, 100.0)) for gpus in (0, 1)]
-    (decay,) = {stage.weight_decay for each in settings for stage in (each.stage1, each.stage2)}
-    assert left_after_steps(NARROWER * decay) > 0.9
+    ours = {(stage.weight_decay, stage.optimizer) for each in settings for stage in (each.stage1, each.stage2)}
+    assert len(ours) == 2
+    assert all(left_after_steps(NARROWER * decay, kind) > 0.9 for decay, kind in ours)
 
 
 def unwell(settings: TrainSettings) -> TrainSettings:
@@ -316,6 +320,37 @@ def test_a_warning_is_shown_at_once_and_again_in_the_report_and_decides_the_exit
     with pytest.raises(SystemExit) as ended, exit_on_user_error():
         raise UnwellError(reason)
     assert ended.value.code == 4 and "round 2" in capsys.readouterr().err
+
+
+def test_refinements_that_set_most_landmarks_back_are_known_at_once():
+    watch = Watch(signs(PRESETS["faces-cpu"][1]))
+    assert watch.look({"kind": "round", "round": 6, "made_by": "refinement", "set_back_share": 1 / 30}) == []
+    (found,) = watch.look({"kind": "round", "round": 7, "made_by": "refinement", "set_back_share": 17 / 30})
+    assert found.sign.name == "landmarks set back" and "57%" in found.text and found.sign.ends
+
+
+def test_a_network_that_answers_places_of_the_view_is_ended_in_its_first_refinement(corpus, tmp_path, monkeypatch):
+    """Answers that do not move with the image: after a warp they lie elsewhere on it."""
+    constant = np.random.default_rng(0).uniform(60, 200, (1, SETTINGS.cluster.clusters, 2)).astype(np.float32)
+
+    def predicted(model, corpus, shard, settings, warp_seed=None, mirrored=False):
+        shift = 0 if warp_seed is None else 40
+        points = np.repeat(constant + shift, shard.samples, 0)
+        return Predictions(points, np.ones(points.shape[:2], np.float32))
+
+    monkeypatch.setattr("sst.train.rounds.predict_shard", predicted)
+    two = SETTINGS.stage2.changed(merge_after=0, refine_rounds=2, refine_radius=6.0)
+    lines: list[dict] = []
+    with pytest.raises(Unwell):
+        train_locally(corpus, str(tmp_path), local_tools(lines), unwell(SETTINGS.changed(stage2=two)))
+    assert [line["sign"] for line in lines if line["kind"] == "health"] == ["landmarks set back"]
+    record = RunDirectory(str(tmp_path)).records()[-1]
+    assert record.metrics["set_back"] == record.metrics["clusters_in_use"] > 0
+    before = RunDirectory(str(tmp_path)).records()[-2]
+    shard = Corpus.open(corpus).train[0].file
+    run = RunDirectory(str(tmp_path))
+    kept = np.array(before.active)[run.labels(before, shard).cluster]
+    np.testing.assert_array_equal(run.labels(record, shard).points, run.labels(before, shard).points[kept])
 
 
 def test_figures_that_are_not_numbers_are_no_sign():
