@@ -78,7 +78,7 @@ class RootSift:
         grey = cv2.cvtColor(image_HW3, cv2.COLOR_RGB2GRAY)
         strongest = sorted(sift.detect(grey, None), key=lambda keypoint: -keypoint.response)
         kept = self._apart(strongest)[: self.max_num_keypoints]
-        upright = [cv2.KeyPoint(*k.pt, self.patch, 0.0, 0.0, DESCRIBED_OCTAVE) for k in kept]
+        upright = [cv2.KeyPoint(k.pt[0], k.pt[1], self.patch, 0.0, 0.0, DESCRIBED_OCTAVE) for k in kept]
         if not upright:
             return np.zeros((0, 2), np.float32), np.zeros((0, self.descriptor_size), np.float32)
         upright, raw = sift.compute(grey, upright)
