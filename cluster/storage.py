@@ -204,7 +204,7 @@ def create_bytes(url: str, data: bytes) -> bool:
 def _written(target: Path, data: bytes) -> Iterator[Path]:
     """A temporary file beside the target that holds the data while inside."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")  # the target's own name may be as long as names can be
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -227,6 +227,19 @@ def remove(url: str) -> None:
         _patiently(fs, path, lambda: fs.rm(path, recursive=True))
 
 
+def move(url: str, to: str) -> None:
+    """Moves a file to another place in the same store, in place of a file that is there; locally atomic."""
+    fs, path = filesystem(url)
+    target = filesystem(to)[1]
+    if _is_local(fs):
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+        return
+    # Not `mv`, of which a second try would find the source gone.
+    _patiently(fs, path, lambda: fs.cp_file(path, target))
+    _patiently(fs, path, lambda: fs.rm_file(path))
+
+
 def read_json(url: str) -> Any:
     """Reads a JSON file.
 
@@ -242,7 +255,12 @@ def read_json(url: str) -> Any:
 
 def write_json(url: str, value: Any) -> None:
     """Writes a JSON file atomically."""
-    write_bytes(url, (json.dumps(value, indent=1) + "\n").encode())
+    write_bytes(url, as_json(value))
+
+
+def as_json(value: Any) -> bytes:
+    """The content of a JSON file."""
+    return (json.dumps(value, indent=1) + "\n").encode()
 
 
 def save_npz(url: str, **arrays: np.ndarray) -> None:

@@ -3,18 +3,18 @@
 import csv
 import json
 import math
-import os
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sst.corpora.listing import by_name, copies, pictures_in, same_name, shown
 from sst.corpora.packing import Item, SourceImage, read_image, split_of
 from sst.data.shards import Split
 from sst.errors import UserError
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Row:
 
 
 def items(images: str, annotations: str | None = None, test_share: float = 0.1) -> list[Item]:
-    """Image files of a folder and of all folders in it, sorted by name.
+    """Pictures of a folder and of all folders in it, as of `sst.corpora.listing`, sorted by name.
 
     Args:
         images: the folder.
@@ -41,40 +41,52 @@ def items(images: str, annotations: str | None = None, test_share: float = 0.1) 
     Raises:
         UserError: if there is no such folder, no image in it, or the annotation file is unusable.
     """
-    root = Path(images)
-    if not root.is_dir():
-        raise UserError(f"{images}: {'not a folder' if root.exists() else 'no such folder'}; give a folder of images")
-    names = sorted(
-        Path(base, name).relative_to(root).as_posix()
-        for base, _, files in os.walk(root, followlinks=True)
-        for name in files
-        if name.lower().endswith(IMAGE_SUFFIXES)
-    )
-    if not names:
-        raise UserError(f"{images}: no image in it (looked for {' '.join(IMAGE_SUFFIXES)}, in subfolders too)")
+    return items_of(images, pictures_in(images).names, annotations, test_share)
+
+
+def items_of(images: str, names: Sequence[str], annotations: str | None = None, test_share: float = 0.1) -> list[Item]:
+    """As `items`, of these pictures in the folder.
+
+    Pictures of equal content are test images if one of them is.
+    """
     rows: dict[str, list[Row]] = {}
     if annotations is not None:
-        for row in read_annotations(annotations):
-            rows.setdefault(row.file, []).append(row)
+        given = read_annotations(annotations)
+        meant = by_name(names, {row.file for row in given})
+        for row in given:
+            rows.setdefault(meant.get(row.file, row.file), []).append(row)
         if missing := sorted(set(rows) - set(names)):
             raise UserError(
                 f"{annotations}: {len(missing)} of {len(rows)} files named there are not in {images}: "
                 f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
             )
+    each = [(name, number, row) for name in names for number, row in enumerate(rows.get(name, [Row(name)]))]
+    splits = [row.split or split_of(same_name(shown(name)), test_share) for name, _, row in each]
+    first = copies(Path(images), names)
+    tested = {first.get(name, name) for (name, _, _), split in zip(each, splits, strict=True) if split == "test"}
+    moved = [name for (name, _, row), split in zip(each, splits, strict=True)
+             if split == "train" and first.get(name, name) in tested]  # fmt: skip
+    if moved:
+        print(
+            f"note: {len(moved)} pictures for training are equal to test pictures, so they are test pictures too: "
+            f"{', '.join(map(shown, moved[:3]))}{', ...' if len(moved) > 3 else ''}",
+            file=sys.stderr,
+        )
     return [
-        _folder_item(root, row, name if len(found) == 1 else f"{name}#{number}", test_share)
-        for name in names
-        for found in [rows.get(name, [Row(name)])]
-        for number, row in enumerate(found)
+        _folder_item(
+            Path(images, name),
+            row,
+            shown(name) if len(rows.get(name, [])) < 2 else f"{shown(name)}#{number}",
+            "test" if first.get(name, name) in tested else "train",
+        )
+        for name, number, row in each
     ]
 
 
-def _folder_item(root: Path, row: Row, source: str, test_share: float) -> Item:
+def _folder_item(path: Path, row: Row, source: str, split: Split) -> Item:
     def load() -> SourceImage:
-        return SourceImage(read_image(root / row.file), row.box, row.points, row.visible)
+        return SourceImage(read_image(path), row.box, row.points, row.visible)
 
-    # All objects of one image belong to one split, hence the hash of the file's name.
-    split: Split = split_of(row.file, test_share) if not row.split else "test" if row.split == "test" else "train"
     return Item(source, split, row.subject, load, None if row.points is None else len(row.points))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from cluster import storage
 from sst.corpora import folder
+from sst.corpora.listing import Listing, by_name, pictures_in, shown, sort_in
 from sst.data.shards import MANIFEST, Manifest, decode, read_shard
 from sst.errors import UserError
 
@@ -76,15 +77,17 @@ def find_sources(images: Sequence[str], boxes: str | None = None) -> Sources:
         files |= _files(name, alone=len(images) == 1)
     rows: dict[str, list[Box | None]] = {}
     if boxes is not None:
-        for row in folder.read_annotations(boxes):
-            rows.setdefault(row.file, []).append(row.box)
+        given = folder.read_annotations(boxes)
+        meant = by_name(files, {row.file for row in given})
+        for row in given:
+            rows.setdefault(meant.get(row.file, row.file), []).append(row.box)
         if missing := sorted(set(rows) - set(files)):
             raise UserError(
                 f"{boxes}: {len(missing)} of {len(rows)} files named there are not among the {len(files)} images: "
                 f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
             )
     targets = [
-        Target(name, path, box, number)
+        Target(shown(name), path, box, number)
         for name, path in files.items()
         for number, box in enumerate(rows.get(name, [None]))
     ]
@@ -95,12 +98,19 @@ def _files(name: str, alone: bool) -> dict[str, Path]:
     """Files of one argument by name; relative to a folder if that is all that was asked for."""
     path = Path(name)
     if path.is_dir():
-        found = {item.source: path / item.source for item in folder.items(name)}
+        listing = pictures_in(name)
+        listing.say()
+        found = {each: path / each for each in listing.names}
         return found if alone else {(path / each).as_posix(): file for each, file in found.items()}
     if path.is_file():
         return {path.name if alone else path.as_posix(): path}
     matched = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
-    found = {file.as_posix(): file for file in matched if file.suffix.lower() in folder.IMAGE_SUFFIXES}
+    listing = Listing()
+    for file in matched:
+        if not file.is_dir():
+            sort_in(file, file.as_posix(), listing)
+    listing.say()
+    found = {each: Path(each) for each in listing.names}
     if not found:
         is_pattern = glob.has_magic(name)
         raise UserError(

@@ -97,6 +97,11 @@ def fetch_runs(uri: str, experiment: str, given: Sequence[str] = ()) -> list[Com
         raise UserError(f"MLflow at {redact(uri)}: {' '.join(str(error).split())}") from error
 
 
+def is_page(data: bytes) -> bool:
+    """Whether this is a page that `comparison_page` made."""
+    return b'<meta name="generator" content="landmarks compare">' in data[:1000]
+
+
 def choose(runs: Sequence[Any], given: Sequence[str]) -> list[Any]:
     """Those of the runs that are meant by ids or names; a sweep stands for its trials.
 
