@@ -212,10 +212,12 @@ def _written(target: Path, data: bytes) -> Iterator[Path]:
             os.fsync(file.fileno())
         yield temporary
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        needed = f"{target}: no room for its {len(data) / 1e6:.1f} MB"
-        raise OSError(errno.ENOSPC, f"{needed}; free some and give the same command again") from error
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno in (errno.EEXIST, None):
+                raise
+            raise OSError(error.errno, error.strerror, str(target)) from error  # not the temporary file's name
+        needed = f"{target}: no room for its {len(data) / 1e6:.1f} MB ({error.strerror})"
+        raise OSError(error.errno, f"{needed}; free some and give the same command again") from error
     finally:
         temporary.unlink(missing_ok=True)
 

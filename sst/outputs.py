@@ -159,7 +159,7 @@ class Outputs:
         try:
             storage.write_bytes(storage.join(self._staging, "begun"), b"")  # what can't be written to is known now
         except BaseException:
-            self._directory.take_back()
+            self._clear()
             raise
         return self
 
@@ -170,9 +170,12 @@ class Outputs:
             if kind is None:
                 self._move()
         finally:
-            with suppress(OSError):  # the error that is on its way says what is wrong
-                storage.remove(self._staging)
-            self._directory.take_back()
+            self._clear()
+
+    def _clear(self) -> None:
+        with suppress(OSError):  # the error that is on its way says what is wrong
+            storage.remove(self._staging)
+        self._directory.take_back()
 
     def _move(self) -> None:
         write_record(self.url, self.verb, self._earlier.union(self._new))

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from cluster import storage
 from sst.config import TrainSettings
 from sst.data.corpus import Corpus, open_corpus
-from sst.errors import UserError
+from sst.errors import UserError, terminable
 from sst.outputs import NewDirectory
 from sst.predict.export import as_onnx, exported_program, mlflow_files
 from sst.report.advice import seen_on_the_way
@@ -31,7 +31,6 @@ from sst.run.distributed import (
     start_ray,
     train_on_workers,
 )
-from sst.run.interrupt import terminable
 from sst.run.lock import RunHeldError, RunLock
 from sst.run.metrics import MetricsFile, MetricsReader
 from sst.run.placement import Placement, place
@@ -84,8 +83,8 @@ def train_run(
                 for name in set(storage.list_names(run.url)) - before if is_new else ():
                     storage.remove(storage.join(run.url, name))  # the name is free for corrected settings
                 raise
-    except UserError:
-        directory.take_back()
+    except BaseException:
+        directory.take_back()  # if nothing was written into it
         raise
 
 
