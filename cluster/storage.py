@@ -70,13 +70,16 @@ def filesystem(url: str) -> tuple[Any, str]:
         CredentialsInUrlError: if the URL holds user name or password; the message does not.
     """
     scheme, separator, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
+    host, slash, inner = rest.partition("/")
     if separator and "@" in host:
-        shown = f"{scheme}://...@{host.rpartition('@')[2]}{slash}{path}"
+        shown = f"{scheme}://...@{host.rpartition('@')[2]}{slash}{inner}"
         raise CredentialsInUrlError(
             f"{shown}: don't write credentials into a URL, it is recorded and logged; give them as the store's "
             "environment variables (AWS_ACCESS_KEY_ID, ...) or in its configuration file"
         )
+    if not separator:  # fsspec takes "::" in a local name for a chain of file systems
+        path = os.path.abspath(os.path.expanduser(url))
+        return fsspec.filesystem("file"), str(fsspec.core.strip_protocol(f"file://{path}"))
     # Listings that are remembered would hide what other processes write.
     fs, found = fsspec.core.url_to_fs(url, use_listings_cache=False)
     return fs, str(found)
