@@ -22,7 +22,7 @@ from sst.config import NetworkSettings
 from sst.data.shards import Manifest
 from sst.nn.network import LandmarkDetector
 from sst.run import distributed
-from sst.run.distributed import check_cluster, own_process_group, socket_folder
+from sst.run.distributed import check_cluster, own_process_group, short_tmpdir
 from sst.run.tracking import Tracker, artifact_place
 from sst.train.model import save_model
 from tests.small import files, write_toy
@@ -167,14 +167,15 @@ def test_a_port_that_is_no_cluster_is_not_waited_for_long(monkeypatch):
             check_cluster(f"127.0.0.1:{full.getsockname()[1]}")
 
 
-@pytest.mark.parametrize(("length", "other"), [(12, None), (99, "/tmp/ray")])
-def test_a_deep_tmpdir_does_not_make_the_paths_of_sockets_too_long(length, other, monkeypatch):
+@pytest.mark.parametrize(("length", "kept"), [(12, True), (99, False)])
+def test_a_deep_tmpdir_does_not_make_the_paths_of_sockets_too_long(length, kept, monkeypatch):
     deep = "/" + "t" * (length - 1)
-    monkeypatch.delenv("RAY_TMPDIR", raising=False)
-    monkeypatch.setattr("tempfile.gettempdir", lambda: deep)
-    assert socket_folder() == other
-    session = f"{other or deep + '/ray'}/session_2026-11-27_07-40-40_969121_4194304/sockets/plasma_store"
-    assert len(session) <= 107
+    monkeypatch.setenv("TMPDIR", deep)
+    with short_tmpdir():
+        assert (os.environ["TMPDIR"] == deep) == kept
+        session = "ray/session_2026-11-27_07-40-40_969121_4194304/sockets/plasma_store"
+        assert len(f"{os.environ['TMPDIR']}/{session}") <= 107
+    assert os.environ["TMPDIR"] == deep
 
 
 def test_a_signal_to_the_group_does_not_reach_what_ray_starts():

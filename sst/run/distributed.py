@@ -8,7 +8,6 @@ import os
 import secrets
 import socket
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -62,11 +61,9 @@ def start_ray() -> list[Machine]:
     import ray
 
     if not ray.is_initialized():
-        with nullcontext() if joins else own_address(), nullcontext() if joins else own_process_group():
+        with nullcontext() if joins else started_here():
             # Without an address Ray would join whatever cluster last ran on this machine.
             where: dict[str, Any] = {} if joins else {"address": "local", "num_cpus": usable_cpus()}
-            if not joins and (folder := socket_folder()):
-                where["_temp_dir"] = folder
             try:
                 ray.init(logging_level=logging.WARNING, log_to_driver=False, **where)
             except ConnectionError as error:
@@ -112,11 +109,25 @@ def check_cluster(address: str) -> None:
         raise UserError(f"{no_cluster(address)} ({error})") from error
 
 
-def socket_folder() -> str | None:
-    """Another folder for Ray's files where TMPDIR is so deep that the paths of its sockets get too long; else None."""
-    if "RAY_TMPDIR" in os.environ or len(os.fsencode(tempfile.gettempdir())) <= MAX_TMPDIR:
-        return None
-    return "/tmp/ray"
+@contextmanager
+def started_here() -> Iterator[None]:
+    """What a cluster needs that is started on this machine, for this run alone."""
+    with own_address(), own_process_group(), short_tmpdir():
+        yield
+
+
+@contextmanager
+def short_tmpdir() -> Iterator[None]:
+    """While inside, TMPDIR is /tmp where it is so deep that the paths of Ray's sockets would get too long."""
+    given = os.environ.get("TMPDIR", "")
+    if len(os.fsencode(given)) <= MAX_TMPDIR:
+        yield
+        return
+    os.environ["TMPDIR"] = "/tmp"
+    try:
+        yield
+    finally:
+        os.environ["TMPDIR"] = given
 
 
 STARTING_RAY = threading.Event()
