@@ -104,7 +104,7 @@ def check_cluster(address: str) -> None:
         with socket.create_connection((host.strip("[]"), int(port)), CLUSTER_SECONDS):
             pass
         if "://" not in address:  # a Ray client's port speaks another protocol
-            ray._raylet.GcsClient(address=address).check_alive([], CLUSTER_SECONDS)
+            ray._raylet.GcsClient(address=address).check_alive([], CLUSTER_SECONDS)  # type: ignore[attr-defined]
     except (OSError, ray.exceptions.RaySystemError, ray.exceptions.RpcError) as error:
         raise UserError(f"{no_cluster(address)} ({error})") from error
 
