@@ -70,13 +70,16 @@ def filesystem(url: str) -> tuple[Any, str]:
         CredentialsInUrlError: if the URL holds user name or password; the message does not.
     """
     scheme, separator, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
+    host, slash, inner = rest.partition("/")
     if separator and "@" in host:
-        shown = f"{scheme}://...@{host.rpartition('@')[2]}{slash}{path}"
+        shown = f"{scheme}://...@{host.rpartition('@')[2]}{slash}{inner}"
         raise CredentialsInUrlError(
             f"{shown}: don't write credentials into a URL, it is recorded and logged; give them as the store's "
             "environment variables (AWS_ACCESS_KEY_ID, ...) or in its configuration file"
         )
+    if not separator:  # fsspec takes "::" in a local name for a chain of file systems
+        path = os.path.abspath(os.path.expanduser(url))
+        return fsspec.filesystem("file"), str(fsspec.core.strip_protocol(f"file://{path}"))
     # Listings that are remembered would hide what other processes write.
     fs, found = fsspec.core.url_to_fs(url, use_listings_cache=False)
     return fs, str(found)
@@ -204,7 +207,7 @@ def create_bytes(url: str, data: bytes) -> bool:
 def _written(target: Path, data: bytes) -> Iterator[Path]:
     """A temporary file beside the target that holds the data while inside."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")  # the target's own name may be as long as names can be
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -212,10 +215,12 @@ def _written(target: Path, data: bytes) -> Iterator[Path]:
             os.fsync(file.fileno())
         yield temporary
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        needed = f"{target}: no room for its {len(data) / 1e6:.1f} MB"
-        raise OSError(errno.ENOSPC, f"{needed}; free some and give the same command again") from error
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno in (errno.EEXIST, None):
+                raise
+            raise OSError(error.errno, error.strerror, str(target)) from error  # not the temporary file's name
+        needed = f"{target}: no room for its {len(data) / 1e6:.1f} MB ({error.strerror})"
+        raise OSError(error.errno, f"{needed}; free some and give the same command again") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -225,6 +230,19 @@ def remove(url: str) -> None:
     fs, path = filesystem(url)
     if exists(url):
         _patiently(fs, path, lambda: fs.rm(path, recursive=True))
+
+
+def move(url: str, to: str) -> None:
+    """Moves a file to another place in the same store, in place of a file that is there; locally atomic."""
+    fs, path = filesystem(url)
+    target = filesystem(to)[1]
+    if _is_local(fs):
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+        return
+    # Not `mv`, of which a second try would find the source gone.
+    _patiently(fs, path, lambda: fs.cp_file(path, target))
+    _patiently(fs, path, lambda: fs.rm_file(path))
 
 
 def read_json(url: str) -> Any:
@@ -242,7 +260,12 @@ def read_json(url: str) -> Any:
 
 def write_json(url: str, value: Any) -> None:
     """Writes a JSON file atomically."""
-    write_bytes(url, (json.dumps(value, indent=1) + "\n").encode())
+    write_bytes(url, as_json(value))
+
+
+def as_json(value: Any) -> bytes:
+    """The content of a JSON file."""
+    return (json.dumps(value, indent=1) + "\n").encode()
 
 
 def save_npz(url: str, **arrays: np.ndarray) -> None:

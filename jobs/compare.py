@@ -11,10 +11,10 @@ import tyro
 from pydantic import BaseModel, ConfigDict
 
 from cluster import storage
-from sst.errors import exit_on_user_error
+from sst.errors import UserError, exit_on_user_error
 from sst.run.options import TrackingOptions, WithTracking
 from sst.run.preflight import check_kept
-from sst.tune.comparison import comparison_page, fetch_runs, track_page
+from sst.tune.comparison import comparison_page, fetch_runs, is_page, track_page
 
 
 class CompareCommand(BaseModel):
@@ -40,6 +40,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m jobs.com
     command = tyro.cli(COMMAND, prog=prog, description=__doc__, args=arguments)
     tracking, experiment = command.where.tracking, command.where.experiment
     check_kept(out=command.out, tracking=tracking)
+    if storage.is_file(command.out) and not is_page(storage.read_bytes(command.out)):
+        raise UserError(
+            f"{command.out}: not a page of `landmarks compare`, so it is not replaced; choose another --out"
+        )
     runs = fetch_runs(tracking, experiment, command.runs)
     title = ", ".join(command.runs) or experiment
     page = comparison_page(f"Comparison of {title}", runs)

@@ -13,8 +13,9 @@ import tyro
 from pydantic import BaseModel, ConfigDict
 
 from cluster import storage
-from sst.errors import UserError, exit_on_user_error
-from sst.predict.export import export
+from sst.errors import exit_on_user_error
+from sst.outputs import Outputs, refuse_overlap
+from sst.predict.export import EXPORTED, export
 from sst.predict.predictor import open_model
 from sst.run.preflight import check_kept
 
@@ -39,14 +40,11 @@ def run(config: Export) -> None:
         UserError: if there is no model, or the place is taken.
     """
     check_kept(out=config.out)
-    model, record, _ = open_model(config.model)
-    for name in ("model.pt2", "model.onnx", "mlflow"):
-        place = storage.join(config.out, name)
-        if storage.exists(place):
-            if not config.overwrite:
-                raise UserError(f"{place} is there already; choose another --out, or replace it by --overwrite")
-            storage.remove(place)
-    for name in export(model, record, config.out):
+    model, record, place = open_model(config.model)
+    refuse_overlap(config.out, {"the model": place})
+    with Outputs(config.out, "export", config.overwrite, EXPORTED) as outputs:
+        export(model, record, outputs)
+    for name in EXPORTED:
         print(storage.join(config.out, name))
     print(f"{len(record.clusters)} landmarks; visible from confidence {record.visible:g}; input uint8 RGB (B, H, W, 3)")
     path = f"PATH={Path(sys.executable).parent}:$PATH"  # MLflow starts uvicorn by its name

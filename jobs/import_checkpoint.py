@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cluster import storage
 from sst.errors import UserError, exit_on_user_error
 from sst.nn.network import LandmarkDetector
-from sst.predict.published import RECORD, Published, read_published, save_published
+from sst.predict.published import FILES, RECORD, Published, is_model, read_published, save_published
 from sst.run.preflight import check_kept
 
 
@@ -31,10 +31,17 @@ def run(config: ImportCheckpoint) -> None:
         UserError: if the file is not a published checkpoint, or the place is taken.
     """
     check_kept(out=config.out)
-    if storage.exists(storage.join(config.out, RECORD)) and not config.overwrite:
-        raise UserError(f"{config.out}: holds a model already; choose another --out, or replace it by --overwrite")
     if Path(config.out).is_file():
         raise UserError(f"{config.out}: a file; --out must be a directory or URL")
+    holds_model = is_model(config.out)
+    if holds_model and not config.overwrite:
+        raise UserError(f"{config.out}: holds a model already; choose another --out, or replace it by --overwrite")
+    there = [name for name in FILES if storage.exists(storage.join(config.out, name))]
+    if there and not holds_model:
+        raise UserError(
+            f"{config.out}: {there[0]} is there already, and {RECORD} is not one of this program, so nothing is "
+            "touched; choose another --out"
+        )
     published = read_published(config.file)
     save_published(config.out, published)
     print("\n".join(described(config.file, published)))

@@ -148,6 +148,7 @@ def train_own(
     experiment: str = "landmarks",
     register: str | None = None,
     stop_when_unwell: bool = False,
+    as_packed: bool = False,
 ) -> Outcome:
     """Trains on a folder of your own images, or goes on with that: the same as `landmarks train own`.
 
@@ -167,6 +168,7 @@ def train_own(
         experiment: MLflow experiment.
         register: name under which the finished model becomes a new version in MLflow's model registry.
         stop_when_unwell: whether the run ends at a sign that it comes to nothing, not only warns.
+        as_packed: whether it goes on with the pictures and boxes that it packed, although they have changed.
 
     Returns:
         What came out: `landmarks`, `scores`, `report` and more; `load` takes it too.
@@ -187,6 +189,7 @@ def train_own(
             name=name,
             minutes=minutes,
             stop_when_unwell=stop_when_unwell,
+            as_packed=as_packed,
             where=where,
         )
     )

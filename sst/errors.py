@@ -1,8 +1,13 @@
 """Mistakes that the person at the command line can correct."""
 
+import errno
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from pydantic import ValidationError
 
@@ -21,12 +26,56 @@ class UnwellError(RunFailedError):
     """A run that was to end at a sign that it comes to nothing; its message has the sign and what to do."""
 
 
+PLACES = {
+    errno.EACCES: "choose a place that you may read and write",
+    errno.EPERM: "choose a place that you may read and write",
+    errno.EROFS: "choose a place that can be written to",
+    errno.ENOTDIR: "a file is on the way to it; choose a place below a folder",
+    errno.EISDIR: "a folder is where a file is to be; choose another name",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ELOOP: "links on the way to it lead in a circle",
+}
+"""Errors of the operating system that are a mistake in a given place, and what to do."""
+
+FULL = {
+    errno.ENOSPC: "free some room and give the same command again",
+    errno.EDQUOT: "free some of your quota and give the same command again",
+    errno.EFBIG: "it is larger than a file may be there (ulimit -f, or the file system)",
+}
+"""Errors that end what was begun well."""
+
+
+def _told(error: OSError) -> str:
+    remedy = (PLACES | FULL)[error.errno or 0]
+    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    said = error.strerror or str(error)
+    return f"{where}{said}" if "; free some" in said else f"{where}{said}; {remedy}"
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """While inside, SIGTERM raises `Terminated` in the main thread, as Ctrl-C raises KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():  # a trial of a sweep; signals are not its own
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Prints a `UserError`, or every problem of a configuration, on stderr and exits with code 2.
 
     A run that failed on the way, or a store that can't be reached, exits with code 1; one that ended because it was
-    unwell with 4; Ctrl-C with 130, SIGTERM with 143.
+    unwell with 4; Ctrl-C with 130, SIGTERM with 143. A place that can't be written to exits with 2, a disk that is or
+    got full with 1.
 
     Usable as a decorator too.
 
@@ -34,7 +83,8 @@ def exit_on_user_error() -> Iterator[None]:
         SystemExit: with code 2, in place of a `UserError`.
     """
     try:
-        yield
+        with terminable():
+            yield
     except (UserError, CredentialsInUrlError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -50,6 +100,11 @@ def exit_on_user_error() -> Iterator[None]:
     except StoreUnreachableError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except OSError as error:
+        if error.errno not in PLACES | FULL:
+            raise
+        print(f"error: {_told(error)}", file=sys.stderr)
+        raise SystemExit(1 if error.errno in FULL else 2) from None
     except ValidationError as error:
         for problem in error.errors():
             print(

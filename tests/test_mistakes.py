@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from unittest.mock import MagicMock
 
 import pytest
 from PIL import Image
@@ -51,6 +52,25 @@ def test_a_run_of_that_name_with_other_settings_is_refused_with_the_differences(
     claim(RunDirectory(str(tmp_path / "runs" / "x")), PRESETS["toy-cpu"][1], corpus)
     text = refused(train.main, [*command, "--stage1.rounds", "3"], capsys)
     assert "stage1.rounds: 4 -> 3" in text and "take another --name" in text
+
+
+def test_a_refused_run_takes_back_what_is_its_own(command, capsys, tmp_path, monkeypatch):
+    """A folder of the name of the run, as `--runs . --name pics` finds it, keeps what is in it."""
+    monkeypatch.setattr("sst.run.pipeline.place", lambda *_: (_ for _ in ()).throw(UserError("no room")))
+    monkeypatch.setattr("sst.run.pipeline.start_ray", list)
+    monkeypatch.setattr("sst.run.pipeline.Tracking.open", lambda *_: MagicMock())
+    run = tmp_path / "runs" / "x"
+    refused(train.main, command, capsys)
+    assert not (tmp_path / "runs").exists()
+    run.mkdir(parents=True)
+    (run / "mine.png").write_text("mine")
+    refused(train.main, command, capsys)
+    assert [path.name for path in run.iterdir()] == ["mine.png"]
+    (run / "model").mkdir()
+    assert "holds model, and is no run" in refused(train.main, command, capsys)
+    (run / "settings.json").write_text('{"editor.fontSize": 12}')
+    assert "not the settings of a run" in refused(train.main, command, capsys)
+    assert sorted(path.name for path in run.iterdir()) == ["mine.png", "model", "settings.json"]
 
 
 def test_a_run_of_an_earlier_version_without_a_setting_goes_on(tmp_path):
@@ -244,7 +264,11 @@ MISTAKES = [
     ("name", "{}/model --annotations {}/missing.csv --images {}/pics", "1 of 1 annotated images are not in"),
     ("name", "{}/model --annotations {}/shares.csv --images {}/pics", "1 of 1 boxes can't be meant so"),
     ("export", "{}/none --out {}/out", "none: no such directory"),
-    ("export", "{}/model --out {}/onnx", "model.onnx is there already; choose another --out"),
+    (
+        "export",
+        "{}/model --out {}/onnx",
+        "model.onnx is there already, and not from `landmarks export` (no record names it)",
+    ),
     ("import_checkpoint", "{}/none.pth --out {}/out", "none.pth"),
 ]
 """What somebody types, and what the message has to say."""

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from sst.corpora.annotations import Annotations, Category, Id, Row, Tally, checked, shown
+from sst.corpora.annotations import Annotations, Category, Id, Row, Tally, checked
+from sst.corpora.listing import listed
 from sst.errors import UserError
 
 
@@ -113,10 +114,10 @@ def understand(path: str, header: Sequence[str]) -> Columns:
     alike = [(_squashed(name), name) for name in header if name]
     for squashed, name in alike:
         names.setdefault(squashed, name)
-    listed = shown(header, 8) or "none"
+    there = listed(header, 8) or "none"
     file = next((names[each] for each in FILES if each in names), None)
     if file is None:
-        raise UserError(f"{path}: no column 'file'; its columns are {listed}; understood are {UNDERSTOOD}")
+        raise UserError(f"{path}: no column 'file'; its columns are {there}; understood are {UNDERSTOOD}")
     box, kind = _box_columns(names)
     points, point_names = _point_columns(path, names, set(box))
     size = next((each for each in SIZES if set(each) <= names.keys()), ())
@@ -129,7 +130,7 @@ def understand(path: str, header: Sequence[str]) -> Columns:
     if twice := [name for squashed, name in alike if squashed in used and names[squashed] is not name]:
         raise UserError(f"{path}: the columns {names[_squashed(twice[0])]} and {twice[0]} are called alike")
     if unused and not (box or points or said["split"] or said["subject"]):
-        raise UserError(f"{path}: no column of boxes or points; its columns are {listed}; understood are {UNDERSTOOD}")
+        raise UserError(f"{path}: no column of boxes or points; its columns are {there}; understood are {UNDERSTOOD}")
     if not box and (half := [names[each] for each in names if each in _BOX_WORDS and each not in used]):
         raise UserError(f"{path}: the columns {', '.join(half)} are no whole box; understood are {UNDERSTOOD}")
     return Columns(
@@ -191,7 +192,7 @@ def _point_columns(
     if numbers:
         wanted = range(min(numbers[0], 1), numbers[-1] + 1)
         if missing := [f"{axis}{n}" for n in wanted for axis in "xy" if f"{axis}{n}" not in free]:
-            raise UserError(f"{path}: columns of points are missing: {shown(missing)}")
+            raise UserError(f"{path}: columns of points are missing: {listed(missing)}")
         return tuple((f"x{n}", f"y{n}", _seen(names, str(n))) for n in wanted), ()
     axes: dict[str, dict[str, str]] = {}
     for each in free:
@@ -252,7 +253,7 @@ def parse_csv(path: str, text: str, tally: Tally) -> Annotations:
         rows = [replace(row, size=None) for row in rows]
     notes = []
     if columns.unused:
-        notes.append(f"columns not used: {shown(columns.unused, 8)}")
+        notes.append(f"columns not used: {listed(columns.unused, 8)}")
     if not columns.box and len(columns.points) == 2 and not columns.names:
         notes.append("x0,y0,x1,y1 are taken as two points; corners of a box are called xmin,ymin,xmax,ymax")
     doubtful = columns.kind == "corners" and [*map(_squashed, columns.box)] == ["boxx0", "boxy0", "boxx1", "boxy1"]
@@ -339,7 +340,7 @@ def parse_coco(path: str, text: str, tally: Tally) -> Annotations:
         if not isinstance(content, dict | list):
             raise ValueError(f"a {type(content).__name__}")
         if isinstance(content, list) or "images" not in content or "annotations" not in content:
-            has = f"is a list of {len(content)}" if isinstance(content, list) else f"has the keys {shown(content)}"
+            has = f"is a list of {len(content)}" if isinstance(content, list) else f"has the keys {listed(content)}"
             raise UserError(f"{path}: not COCO keypoints JSON: it {has}; images and annotations are expected")
         images = _coco_images(path, content["images"], tally)
         categories = {_key(each.get("id")): _category(each) for each in content.get("categories") or ()}
@@ -361,8 +362,8 @@ def parse_coco(path: str, text: str, tally: Tally) -> Annotations:
     ids: dict[str, Id] = {}
     for image in images.values():
         ids.setdefault(image["file_name"], image["id"])
-    listed = {row.file for row in rows}
-    bare = [_image_row(each) for each in images.values() if each["file_name"] not in listed]
+    annotated = {row.file for row in rows}
+    bare = [_image_row(each) for each in images.values() if each["file_name"] not in annotated]
     return Annotations(path, (*rows, *(row for row in bare if row.split or row.subject)), image_ids=ids)
 
 

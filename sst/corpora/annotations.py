@@ -11,10 +11,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from unicodedata import normalize
 
 import numpy as np
 
+from sst.corpora.listing import listed, same_name, shown
 from sst.corpora.packing import usable_box
 from sst.corpora.pictures import Frame, picture_frame
 from sst.errors import UserError
@@ -121,16 +121,10 @@ class Tally:
     def lines(self, *kinds: str) -> tuple[str, ...]:
         """A line for each kind (of all, if none is given) with the first three names."""
         return tuple(
-            f"{kind}: {len(names)} ({shown(names, 3)})"
+            f"{kind}: {len(names)} ({listed(names, 3)})"
             for kind, names in self.names.items()
             if names and (not kinds or kind in kinds)
         )
-
-
-def shown(names: Iterable[object], most: int = 5) -> str:
-    """The first names of many, each once."""
-    each = [str(name) for name in dict.fromkeys(names)]
-    return ", ".join(each[:most]) + (", ..." if len(each) > most else "")
 
 
 def checked(found: Annotations, tally: Tally, category: str | None = None) -> Annotations:
@@ -173,10 +167,10 @@ def _of_category(found: Annotations, tally: Tally, wanted: str | None) -> list[R
     names = Counter("(none)" if row.category is None else row.category.name for row in objects)
     if wanted == ALL or (wanted is None and len(names) < 2):
         return list(found.rows)
-    listed = shown((f"{name} ({count})" for name, count in names.most_common()), 20)
+    there = listed((f"{name} ({count})" for name, count in names.most_common()), 20) or "none"
     if wanted is None:
         raise UserError(
-            f"{found.path}: objects of {len(names)} categories: {listed}; choose one by --category NAME, or take those "
+            f"{found.path}: objects of {len(names)} categories: {there}; choose one by --category NAME, or take those "
             f"of every name by --category {ALL}"
         )
 
@@ -184,7 +178,7 @@ def _of_category(found: Annotations, tally: Tally, wanted: str | None) -> list[R
         return row.category is not None and wanted in (row.category.name, str(row.category.identifier))
 
     if not any(map(is_wanted, objects)):
-        raise UserError(f"{found.path}: no object of the category {wanted!r}; there are {listed or 'none'}")
+        raise UserError(f"{found.path}: no object of the category {wanted!r}; there are {there}")
     others = {id(row) for row in objects if not is_wanted(row)}
     for row in objects:
         if id(row) in others:
@@ -237,7 +231,7 @@ def place_annotations(found: Annotations, pictures: Mapping[str, Path], where: s
     meant = match_names([*named, *(name for name in found.image_ids if name not in named)], pictures)
     if missing := [name for name in named if name not in meant]:
         raise UserError(
-            f"{found.path}: {len(missing)} of {len(named)} files named there are not {where}: {shown(sorted(missing))}"
+            f"{found.path}: {len(missing)} of {len(named)} files named there are not {where}: {listed(sorted(missing))}"
         )
     called: dict[str, str] = {}
     for name, file in meant.items():
@@ -270,15 +264,17 @@ def place_annotations(found: Annotations, pictures: Mapping[str, Path], where: s
 def match_names(names: Sequence[str], pictures: Iterable[str]) -> dict[str, str]:
     """Which picture an annotation file means by a name.
 
-    The same name; else, where exactly one picture that is left is called alike, a name that has more or fewer leading
-    folders (tools write `images/default/1.jpg`, or a path of another machine). Backslashes separate folders too, and
-    letters may be composed (NFC) or not (NFD).
+    The same name; else one of the same text, where backslashes separate folders too, letters are composed (NFC) or not
+    (NFD), and bytes that are no UTF-8 are written as `shown` does; else, where exactly one picture that is left is
+    called alike, a name that has more or fewer leading folders (tools write `images/default/1.jpg`, or a path of
+    another machine).
 
     Returns:
         Names of pictures by the names that have one.
     """
-    known = {_plain(picture): picture for picture in pictures}
-    matched = {name: known[plain] for name in names if (plain := _plain(name)) in known}
+    exact = set(pictures)
+    known = {_plain(picture): picture for picture in sorted(exact, reverse=True)}
+    matched = {name: name if name in exact else known[_plain(name)] for name in names if _plain(name) in known}
     taken = set(matched.values())
     by_end: dict[str, list[tuple[tuple[str, ...], str]]] = defaultdict(list)
     for plain, picture in known.items():
@@ -299,7 +295,7 @@ def match_names(names: Sequence[str], pictures: Iterable[str]) -> dict[str, str]
 
 
 def _plain(name: str) -> str:
-    return PurePosixPath(normalize("NFC", name.replace("\\", "/"))).as_posix().removeprefix("./")
+    return PurePosixPath(same_name(shown(name)).replace("\\", "/")).as_posix().removeprefix("./")
 
 
 def scale_of(size: tuple[float, float], width: int, height: int) -> tuple[float, float] | None:
@@ -326,7 +322,7 @@ def _refuse_sizes(path: str, rows: Sequence[Row], frames: Mapping[str, Frame | N
     if wrong:
         raise UserError(
             f"{path}: {len(wrong)} pictures have other proportions than the file says, so its coordinates are of "
-            f"others (cropped, turned or padded): {shown(wrong.values(), 3)}; give the pictures that were annotated, "
+            f"others (cropped, turned or padded): {listed(wrong.values(), 3)}; give the pictures that were annotated, "
             "or mend width and height"
         )
 

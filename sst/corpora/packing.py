@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from cluster import storage
+from sst.corpora.listing import shown
 from sst.corpora.pictures import FULL, stretched
 from sst.data.jpeg import MAX_PIXELS
 from sst.data.loader import ordered_map
@@ -111,7 +112,10 @@ def read_image(path: Path, white: int | None = None) -> np.ndarray:
     except UnusableImage:
         raise
     except Exception as error:  # Pillow raises many types on damaged input
-        reason = str(error).replace(str(path), path.name)  # a manifest should name no path of a machine
+        reason = str(error)
+        for written in (str(path), repr(str(path))[1:-1]):  # a manifest should name no path of a machine
+            reason = reason.replace(written, path.name)
+        reason = shown(reason)
         raise UnusableImage(f"unreadable ({type(error).__name__}: {reason})") from error
 
 

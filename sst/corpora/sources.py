@@ -10,10 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import storage
 from sst.corpora import bbcpose, celeba, folder, human36m, ls3d, packing, toy
+from sst.corpora.listing import pictures_in
 from sst.corpora.packing import Item
 from sst.corpora.validation import validate
 from sst.data.shards import MANIFEST, Manifest, ShardWriter
 from sst.errors import UserError
+from sst.outputs import refuse_overlap
 from sst.progress import with_progress
 
 
@@ -127,7 +129,11 @@ def images_of(config: Source) -> tuple[Iterable[Item], str, str | None, int | No
     if isinstance(config, BbcPose):
         signers = bbcpose.items(config.root, config.every, config.annotations, detected=config.boxes == "detector")
         return signers, "bbcpose", None, config.size
-    items = folder.items(config.images, config.annotations, config.test_share, config.category, print_note)
+    listing = pictures_in(config.images)
+    listing.say()
+    items = folder.items(
+        config.images, listing.names, config.annotations, config.test_share, config.category, print_note
+    )
     root = Path(config.images).resolve()
     name = root.parent.name if root.name == "images" else root.name
     return items, name, "faces68" if any(item.landmarks == 68 for item in items) else None, config.size
@@ -140,6 +146,13 @@ def pack_source(config: Source) -> None:
         UserError: if there is nothing to pack, too much is unusable, or the place is taken.
     """
     start = time.monotonic()
+    refuse_overlap(
+        config.out,
+        {
+            "the folder": getattr(config, "images", getattr(config, "root", None)),
+            "--annotations": getattr(config, "annotations", None),
+        },
+    )
     if config.repair:
         repair_corpus(config)
         return

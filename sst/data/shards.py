@@ -9,6 +9,7 @@ import math
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
@@ -18,8 +19,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cluster import storage
 from sst.data.jpeg import decode_jpeg_scaled
+from sst.errors import UserError
+from sst.outputs import NewDirectory, record_name, recorded, staging_name, write_record
 
 MANIFEST = "manifest.json"
+VERB = "pack"
+FIRST_RESERVED = 64
+"""Shards whose names are noted before the first is written; most corpora have no more."""
+
 Split = Literal["train", "test"]
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
@@ -28,6 +35,10 @@ _BLOCK = 512  # tar files consist of blocks of this size and end with at least t
 
 def _pack_again(url: str) -> str:
     return f"build the corpus again: landmarks pack ... --out {url} --overwrite"
+
+
+def _remove_and_pack(url: str) -> str:
+    return f"remove it and its shards, and build the corpus again: landmarks pack ... --out {url}"
 
 
 def _remedy(url: str) -> str:
@@ -156,9 +167,9 @@ class Manifest(BaseModel):
         try:
             return cls.model_validate(storage.read_json(path))
         except ValidationError as error:
-            raise ValueError(f"{path}: not a manifest ({_problems(error)}); {_pack_again(url)}") from error
+            raise ValueError(f"{path}: not a manifest ({_problems(error)}); {_remove_and_pack(url)}") from error
         except ValueError as error:
-            raise ValueError(f"{path}: not a JSON file ({error.__cause__}); {_pack_again(url)}") from error
+            raise ValueError(f"{path}: not a JSON file ({error.__cause__}); {_remove_and_pack(url)}") from error
 
     def check(self, url: str) -> None:
         """Looks whether every shard is there with the recorded size; cheap, reads no shard.
@@ -192,14 +203,16 @@ class ShardWriter:
     """Writes a corpus shard by shard, holding one shard in memory; numbers the samples itself.
 
     As a context manager it writes the manifest on leaving, or, after an exception, takes back what it
-    wrote.
-    Equal samples give equal bytes. `manifest` holds the result afterwards.
+    wrote. Equal samples give equal bytes. `manifest` holds the result afterwards.
+
+    Of the files in the directory it touches only those that an earlier manifest names, or the record of shards that a
+    killed writer left without one. A corpus that is there stays until the new one is complete.
     """
 
     def __init__(
         self, url: str, corpus: str, protocol: str | None = None, shard_samples: int = 256, white: int | None = None
     ) -> None:
-        """Starts a corpus; an earlier one at the same place is removed, its manifest first.
+        """Nothing is written yet.
 
         Args:
             url: directory to write to.
@@ -221,9 +234,10 @@ class ShardWriter:
         self._pending: list[RawSample] = []
         self._shards: list[ShardInfo] = []
         self._skipped: list[Skipped] = []
-        self._found_directory = storage.exists(url)
-        storage.remove(storage.join(url, MANIFEST))
-        self._remove_shards()
+        self._place = url
+        self._earlier: frozenset[str] = frozenset()
+        self._reserved: list[str] = []
+        self._directory = NewDirectory(url)
 
     def add(self, jpeg: bytes, meta: SampleMeta) -> None:
         """Appends a sample; a change of split begins a new shard.
@@ -247,17 +261,50 @@ class ShardWriter:
         self._skipped.append(Skipped(source=source, reason=reason))
 
     def __enter__(self) -> Self:
+        """Looks whether the place is free.
+
+        Raises:
+            UserError: if there is a manifest that is not one, or a shard that no manifest or record names.
+        """
+        killed = recorded(self.url, VERB) or frozenset()
+        storage.remove(storage.join(self.url, staging_name(VERB)))
+        if storage.exists(storage.join(self.url, MANIFEST)):
+            self._earlier = killed | {shard.file for shard in self._manifest_there().shards}
+            self._place = storage.join(self.url, staging_name(VERB))
+        for name in killed - self._earlier:  # of a writer that was killed before it had a manifest
+            storage.remove(storage.join(self.url, name))
+        try:
+            self._reserve(FIRST_RESERVED)
+        except BaseException:
+            self._directory.take_back()
+            raise
         return self
+
+    def _manifest_there(self) -> Manifest:
+        try:
+            return Manifest.load(self.url)
+        except ValueError as error:
+            raise UserError(
+                f"{storage.join(self.url, MANIFEST)}: not a manifest of `landmarks pack`, so it is not touched; choose "
+                "another --out, or remove it and the shards beside it"
+            ) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self._remove_shards()
-            if not self._found_directory and not storage.list_names(self.url):
-                storage.remove(self.url)
-            return
-        self._flush()
+        complete = False
+        try:
+            if kind is None:
+                self._flush()
+                self._finish()
+                complete = True
+        finally:
+            if not complete:
+                with suppress(OSError):  # the error that is on its way says what is wrong
+                    self._take_back()
+
+    def _finish(self) -> None:
+        """Brings new shards to the places of earlier ones, and writes the manifest."""
         self.manifest = Manifest(
             corpus=self.corpus,
             protocol=self.protocol,
@@ -266,14 +313,37 @@ class ShardWriter:
             skipped=tuple(self._skipped),
             white=self.white,
         )
-        storage.write_json(storage.join(self.url, MANIFEST), self.manifest.model_dump(mode="json", by_alias=True))
+        content = self.manifest.model_dump(mode="json", by_alias=True)
+        storage.write_json(storage.join(self._place, MANIFEST), content)
+        if self._place != self.url:
+            # All that takes room is written by now.
+            new = [shard.file for shard in self._shards]
+            write_record(self.url, VERB, self._earlier.union(new))
+            storage.remove(storage.join(self.url, MANIFEST))
+            for name in self._earlier.difference(new):
+                storage.remove(storage.join(self.url, name))
+            for name in (*new, MANIFEST):
+                storage.move(storage.join(self._place, name), storage.join(self.url, name))
+        storage.remove(storage.join(self.url, record_name(VERB)))  # from now on the manifest names the shards
+        storage.remove(storage.join(self.url, staging_name(VERB)))
+
+    def _take_back(self) -> None:
+        """Removes what this writer wrote; an earlier corpus stays."""
+        storage.remove(storage.join(self.url, staging_name(VERB)))
+        if self._place == self.url:
+            for shard in self._shards:
+                storage.remove(storage.join(self.url, shard.file))
+            storage.remove(storage.join(self.url, record_name(VERB)))
+        self._directory.take_back()
 
     def _flush(self) -> None:
         if not self._pending:
             return
         data = shard_bytes(self._pending)
-        name = f"shard-{len(self._shards):05d}.tar"
-        storage.write_bytes(storage.join(self.url, name), data)
+        name = shard_name(len(self._shards))
+        if len(self._shards) == len(self._reserved):
+            self._reserve(2 * len(self._reserved))  # twice as many each time, so that long corpora cost little
+        storage.write_bytes(storage.join(self._place, name), data)
         self._shards.append(
             ShardInfo(
                 file=name,
@@ -285,10 +355,27 @@ class ShardWriter:
         )
         self._pending = []
 
-    def _remove_shards(self) -> None:
-        for name in storage.list_names(self.url):
-            if re.fullmatch(r"shard-\d{5,}\.tar", name):
-                storage.remove(storage.join(self.url, name))
+    def _reserve(self, count: int) -> None:
+        """Notes the names of the first shards as this writer's, before there are any.
+
+        Raises:
+            UserError: if a file has one of these names already.
+        """
+        names = [shard_name(number) for number in range(count)]
+        taken = set(storage.list_names(self.url)).difference(self._earlier, self._reserved)
+        if foreign := [name for name in names if name in taken]:
+            raise UserError(
+                f"{self.url}: {foreign[0]} is there already, and not from `landmarks pack` (no manifest names it), so "
+                "it is not touched; choose another --out"
+            )
+        self._reserved = names
+        if self._place == self.url:
+            write_record(self.url, VERB, names)
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard of images."""
+    return f"shard-{number:05d}.tar"
 
 
 def shard_bytes(samples: Sequence[RawSample]) -> bytes:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster import storage
 from sst.environment import MLFLOW_ENVIRONMENT, set_environment
 from sst.nn.network import LandmarkDetector
+from sst.outputs import Outputs
 from sst.predict.predictor import ImageLandmarks
 from sst.train.model import ModelRecord
 
@@ -121,21 +121,14 @@ def mlflow_files(proto: Any, record: ModelRecord) -> dict[str, bytes]:
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
-def export(model: LandmarkDetector, record: ModelRecord, out: str) -> list[str]:
-    """Writes OUT/model.onnx, OUT/model.pt2 and OUT/mlflow/.
+EXPORTED = ("model.pt2", "model.onnx", "mlflow")
 
-    Args:
-        model: the detector.
-        record: its record.
-        out: directory or URL.
 
-    Returns:
-        What was written.
-    """
+def export(model: LandmarkDetector, record: ModelRecord, outputs: Outputs) -> None:
+    """Writes what `EXPORTED` names."""
     program = exported_program(model, record.network.input_size)
-    storage.write_bytes(storage.join(out, "model.pt2"), as_pt2(program, record))
+    outputs.write("model.pt2", as_pt2(program, record))
     proto = as_onnx(program, record)
-    storage.write_bytes(storage.join(out, "model.onnx"), proto.SerializeToString())
+    outputs.write("model.onnx", proto.SerializeToString())
     for path, data in mlflow_files(proto, record).items():
-        storage.write_bytes(storage.join(out, "mlflow", path), data)
-    return ["model.pt2", "model.onnx", "mlflow"]
+        outputs.write(f"mlflow/{path}", data)

@@ -199,7 +199,8 @@ def _picture(image: np.ndarray) -> np.ndarray:
     side = max(image.shape[:2])
     factor = min(max(side, PICTURE_SIDES[0]), PICTURE_SIDES[1]) / side
     how = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
-    return image if factor == 1 else np.asarray(cv2.resize(image, None, fx=factor, fy=factor, interpolation=how))
+    size = [max(1, round(side * factor)) for side in image.shape[1::-1]]
+    return image if factor == 1 else np.asarray(cv2.resize(image, size, interpolation=how))
 
 
 @torch.inference_mode()

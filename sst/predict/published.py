@@ -11,6 +11,7 @@ see docs/fidelity.md.
 import io
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from cluster import storage
 from sst.config import NetworkSettings, Stage2Settings
 from sst.errors import UserError
 from sst.nn.network import DetectorDescriptor, LandmarkDetector, NetworkShape
+from sst.outputs import NewDirectory, staging_name
 from sst.train.model import keep_landmarks, save_model
 
 UNUSED = "m0.b4_"
@@ -33,7 +35,7 @@ UNUSED = "m0.b4_"
 DETECTOR_HEAD = ("top_m_0", "conv_last0", "bn_end0", "l0")
 DESCRIPTOR_HEAD = ("top_m_1", "conv_last1", "bn_end1", "l1")
 
-RECORD, WEIGHTS, CENTROIDS = "model.json", "model.safetensors", "centroids.npz"
+FILES = RECORD, WEIGHTS, CENTROIDS = "model.json", "model.safetensors", "centroids.npz"
 
 NUMBERS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 """Element types, in numpy's codes, that an array in a published file may have."""
@@ -155,8 +157,33 @@ def save_published(url: str, published: Published) -> None:
         url: directory.
         published: the import.
     """
-    for name in (RECORD, CENTROIDS):
-        storage.remove(storage.join(url, name))
+    staging = storage.join(url, staging_name("import-checkpoint"))
+    storage.remove(staging)
+    directory = NewDirectory(url)
+    try:
+        _write_published(staging, published)
+        storage.remove(storage.join(url, RECORD))  # without which there is no model
+        new = storage.list_names(staging)
+        for name in sorted(new, key=lambda name: name == RECORD):
+            storage.move(storage.join(staging, name), storage.join(url, name))
+        if CENTROIDS not in new:
+            storage.remove(storage.join(url, CENTROIDS))
+    finally:
+        with suppress(OSError):  # the error that is on its way says what is wrong
+            storage.remove(staging)
+        directory.take_back()
+
+
+def is_model(url: str) -> bool:
+    """Whether the directory holds a model of this program, of either stage."""
+    try:
+        record = storage.read_json(storage.join(url, RECORD))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    return isinstance(record, dict) and {"network", "weights"} <= record.keys()
+
+
+def _write_published(url: str, published: Published) -> None:
     if isinstance(published.model, LandmarkDetector):
         save_model(
             url,

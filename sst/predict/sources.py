@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from cluster import storage
-from sst.corpora import folder
 from sst.corpora.annotation_files import read_annotations
 from sst.corpora.annotations import Annotations, Category, Id, Row, place_annotations
+from sst.corpora.listing import IMAGE_SUFFIXES, Listing, pictures_in, shown, sort_in
 from sst.corpora.pictures import picture_count, white_level, white_note
 from sst.data.shards import MANIFEST, Manifest, decode, read_shard
 from sst.errors import UserError
@@ -101,7 +101,8 @@ def find_sources(
     if white is None and (white := white_level(files.values())) is not None:
         notes.append(white_note(white))
     if boxes is None:
-        return Sources([Target(name, path, white=white) for name, path in files.items()], len(files), True, notes=notes)
+        targets = [Target(shown(name), path, white=white) for name, path in files.items()]
+        return Sources(targets, len(targets), whole=True, notes=notes)
     placed = place_annotations(read_annotations(boxes, category), files, f"among the {len(files)} images")
     return _boxed(files, placed, white, notes)
 
@@ -111,7 +112,13 @@ def _boxed(files: Mapping[str, Path], placed: Annotations, white: int | None, no
     rows = placed.by_file()
     targets = [
         Target(
-            placed.file_names.get(name, name), path, row.box, number, placed.image_ids.get(name), row.category, white
+            placed.file_names.get(name, shown(name)),
+            path,
+            row.box,
+            number,
+            placed.image_ids.get(name),
+            row.category,
+            white,
         )
         for name, path in files.items()
         for number, row in enumerate(rows.get(name, [Row(name)]))
@@ -126,12 +133,19 @@ def _files(name: str, alone: bool) -> dict[str, Path]:
     """Files of one argument by name; relative to a folder if that is all that was asked for."""
     path = Path(name)
     if path.is_dir():
-        found = {item.source: path / item.source for item in folder.items(name)}
+        listing = pictures_in(name)
+        listing.say()
+        found = {each: path / each for each in listing.names}
         return found if alone else {(path / each).as_posix(): file for each, file in found.items()}
     if path.is_file():
         return {path.name if alone else path.as_posix(): path}
     matched = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
-    found = {file.as_posix(): file for file in matched if file.suffix.lower() in folder.IMAGE_SUFFIXES}
+    listing = Listing()
+    for file in matched:
+        if not file.is_dir():
+            sort_in(file, file.as_posix(), listing)
+    listing.say()
+    found = {each: Path(each) for each in listing.names}
     if not found:
         is_pattern = glob.has_magic(name)
         raise UserError(
@@ -162,7 +176,7 @@ def _is_video(name: str) -> bool:
     """Whether a file is a video: by its ending, or since Pillow reads no single picture of it and OpenCV opens it."""
     if name.lower().endswith(VIDEO_SUFFIXES):
         return not Path(name).is_dir()
-    if name.lower().endswith(folder.IMAGE_SUFFIXES) or not Path(name).is_file():
+    if name.lower().endswith(IMAGE_SUFFIXES) or not Path(name).is_file():
         return False
     if (frames := picture_count(Path(name))) is not None:
         return frames > 1

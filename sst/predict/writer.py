@@ -1,5 +1,6 @@
 """Predicts on what was named and writes tables and pictures."""
 
+import errno
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,13 +17,18 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import storage
+from sst.corpora.listing import shown
 from sst.errors import UserError
+from sst.outputs import Outputs, refuse_overlap
 from sst.predict.naming import NamedPoints, load_names
 from sst.predict.overlay import draw_landmarks
 from sst.predict.predictor import Found, Unreadable, needs_boxes, open_model, predict, white_of
 from sst.predict.sources import find_sources
 from sst.predict.tables import Rows, as_coco, as_csv
 from sst.progress import with_progress
+
+STEM_BYTES = 200
+"""Bytes of an image's name that a picture's name takes up; file systems permit 255 in all."""
 
 OUTPUTS = ("predictions.json", "predictions.csv", "named.json", "named.csv", "pictures", "named_pictures", "video.mp4")
 
@@ -53,24 +59,23 @@ class Predict(BaseModel):
 class Pictures:
     """Writes drawn images one by one, as files or as frames of a video."""
 
-    def __init__(self, out: str, maximum: int, frames_per_second: float | None, video: str) -> None:
+    def __init__(self, outputs: Outputs, maximum: int, frames_per_second: float | None, video: str) -> None:
         """Begins; a video is drawn into the local file `video` first."""
-        self._out, self._maximum, self._rate, self._video = out, maximum, frames_per_second, video
+        self._outputs, self._maximum, self._rate, self._video = outputs, maximum, frames_per_second, video
         self._writer: Any = None
-        self.drawn = 0
+        self._frames = self.drawn = 0
 
     def add(self, folder: str, name: str, image: np.ndarray) -> None:
         """Writes one image, as the next frame or as FOLDER/NUMBER_NAME.jpg while there are not too many."""
         if self._rate is None:
             data = simplejpeg.encode_jpeg(np.ascontiguousarray(image), 90, colorsubsampling="420")
-            storage.write_bytes(
-                storage.join(self._out, folder, f"{self.drawn:05d}_{PurePosixPath(name).stem}.jpg"), data
-            )
+            self._outputs.write(f"{folder}/{self.drawn:05d}_{file_stem(name)}.jpg", data)
             return
         if self._writer is None:
             size = (image.shape[1], image.shape[0])
             self._writer = cv2.VideoWriter(self._video, cv2.VideoWriter.fourcc(*"mp4v"), self._rate, size)
         self._writer.write(np.ascontiguousarray(image[:, :, ::-1]))
+        self._frames += 1
 
     @property
     def is_video(self) -> bool:
@@ -83,17 +88,33 @@ class Pictures:
         return self._rate is not None or self.drawn < self._maximum
 
     def close(self) -> None:
-        """Moves a video to its place."""
-        if self._writer is not None:
-            self._writer.release()
-            storage.write_bytes(storage.join(self._out, "video.mp4"), Path(self._video).read_bytes())
+        """Hands a video over.
+
+        Raises:
+            OSError: if it could not be written whole, of which OpenCV says nothing.
+        """
+        if self._writer is None:
+            return
+        self._writer.release()
+        video = cv2.VideoCapture(self._video)
+        whole = self._frames == int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+        video.release()
+        if not whole:
+            raise OSError(errno.ENOSPC, f"no room for a video of {self._frames} frames", self._video)
+        self._outputs.write("video.mp4", Path(self._video).read_bytes())
+
+
+def file_stem(name: str) -> str:
+    """The name of a file or frame without folder and ending, short enough to be a part of another file's name."""
+    stem = shown(PurePosixPath(name).stem).encode()
+    return stem[:STEM_BYTES].decode(errors="ignore")
 
 
 @contextmanager
-def opened(config: Predict, frames_per_second: float | None) -> Iterator[Pictures]:
-    """The writer of pictures; a video gets to its place only if all went well."""
+def opened(config: Predict, outputs: Outputs, frames_per_second: float | None) -> Iterator[Pictures]:
+    """The writer of pictures."""
     with tempfile.TemporaryDirectory() as scratch:
-        pictures = Pictures(config.out, config.pictures, frames_per_second, str(Path(scratch, "video.mp4")))
+        pictures = Pictures(outputs, config.pictures, frames_per_second, str(Path(scratch, "video.mp4")))
         yield pictures
         pictures.close()
 
@@ -119,7 +140,7 @@ class Collected:
                 drawings.append(("named_pictures", points, confidence, self.names.names))
         if not pictures.wanted:
             return
-        scale = result.picture.shape[1] / result.size[0]
+        scale = np.array(result.picture.shape[1::-1]) / result.size  # the sides of a strip round differently
         for folder, points, confidence, labels in drawings:
             drawn = draw_landmarks(result.picture, points * scale, confidence >= self.visible, labels)
             pictures.add(folder, result.target.file, drawn)
@@ -150,8 +171,10 @@ def write_predictions(config: Predict) -> None:
     model, record, place = open_model(config.model)
     if not config.images:
         raise UserError("no images are named; give files, folders, patterns, one directory of shards or one video")
+    inputs = {f"the input {name}": name for name in config.images}
+    refuse_overlap(config.out, inputs | {"--boxes": config.boxes, "the model": place})
+    outputs = Outputs(config.out, "predict", config.overwrite, OUTPUTS)
     sources = find_sources(config.images, config.boxes, config.category, white_of(record))
-    clear(config)
     told = len(sources.notes)
     for note in sources.notes:
         print(f"note: {note}")
@@ -163,41 +186,37 @@ def write_predictions(config: Predict) -> None:
         )
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     collected = Collected(load_names(place), record.visible if config.visible is None else config.visible)
-    with opened(config, sources.frames_per_second) as pictures:
+    with outputs, opened(config, outputs, sources.frames_per_second) as pictures:
         results = predict(model, record.network.input_size, sources.targets, pictures=True)
         for result in with_progress(results, "predicting", sources.total):
             if isinstance(result, Unreadable):
                 collected.unreadable.append(result)
             else:
                 collected.add(result, pictures)
-    for note in sources.notes[told:]:
-        print(f"note: {note}")
-    if not collected.found:
-        unreadable = collected.unreadable
-        raise UserError(
-            f"none of {len(unreadable)} images is readable: "
-            f"{'; '.join(f'{item.file}: {item.reason}' for item in unreadable[:3])}"
-            if unreadable
-            else f"{config.images[0]}: no frame could be read from it; convert it to MP4 (H.264) first"
-        )
-    tables = collected.tables()
-    for name, table in tables.items():
-        storage.write_bytes(storage.join(config.out, f"{name}.csv"), as_csv(table).encode())
-        storage.write_json(storage.join(config.out, f"{name}.json"), as_coco(table, collected.unreadable))
+        for note in sources.notes[told:]:
+            print(f"note: {note}")
+        tables = tables_of(config, collected)
+        for name, table in tables.items():
+            outputs.write(f"{name}.csv", as_csv(table).encode())
+            outputs.write(f"{name}.json", storage.as_json(as_coco(table, collected.unreadable)))
     say(config, tables["predictions"], collected)
 
 
-def clear(config: Predict) -> None:
-    """Removes earlier predictions where that is permitted.
+def tables_of(config: Predict, collected: Collected) -> dict[str, Rows]:
+    """The tables to be written, by name.
 
     Raises:
-        UserError: if it is not.
+        UserError: if there is nothing in them.
     """
-    earlier = [name for name in OUTPUTS if storage.exists(storage.join(config.out, name))]
-    if earlier and not config.overwrite:
-        raise UserError(f"{config.out}: holds {earlier[0]} already; choose another --out, or replace it by --overwrite")
-    for name in earlier:
-        storage.remove(storage.join(config.out, name))
+    if collected.found:
+        return collected.tables()
+    unreadable = collected.unreadable
+    raise UserError(
+        f"none of {len(unreadable)} images is readable: "
+        f"{'; '.join(f'{item.file}: {item.reason}' for item in unreadable[:3])}"
+        if unreadable
+        else f"{config.images[0]}: no frame could be read from it; convert it to MP4 (H.264) first"
+    )
 
 
 def say(config: Predict, table: Rows, collected: Collected) -> None:

@@ -194,8 +194,16 @@ def evaluate_predictions(config: Predictions) -> Scores:
     """Scores an npz; writes or prints JSON.
 
     Raises:
-        UserError: if the file or its arrays are not as they should be.
+        UserError: if the file or its arrays are not as they should be, or the JSON file is there and not one of scores.
     """
+    if (
+        config.out is not None
+        and storage.is_file(config.out)
+        and b'"forward_curve"' not in storage.read_bytes(config.out)
+    ):
+        raise UserError(
+            f"{config.out}: not scores of `landmarks evaluate`, so it is not replaced; choose another --json"
+        )
     try:
         arrays = storage.load_npz(config.file)
         missing = [name for name in ("prediction", "groundtruth", "is_test") if name not in arrays]

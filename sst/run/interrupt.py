@@ -2,8 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import FrameType
 
 from cluster import storage
@@ -28,23 +27,6 @@ class StopFlag:
     def is_up(self) -> bool:
         """Whether a stop was asked for."""
         return storage.exists(self.url)
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """While inside, SIGTERM raises `Terminated` in the main thread, as Ctrl-C raises KeyboardInterrupt."""
-    if threading.current_thread() is not threading.main_thread():  # a trial of a sweep; signals are not its own
-        yield
-        return
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def run_stoppably(work: Callable[[], object], stop: StopFlag) -> None:

@@ -4,6 +4,7 @@ Everything scales from what was measured: the `faces-cpu` preset on CPU cores, t
 """
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,17 +18,20 @@ from rich.table import Table
 from cluster import storage
 from sst.config import TrainSettings, differences
 from sst.corpora import folder
+from sst.corpora.listing import pictures_in
 from sst.corpora.sources import Folder, pack_source
 from sst.data.corpus import Corpus, open_corpus
 from sst.data.shards import MANIFEST
 from sst.environment import usable_cpus
 from sst.errors import UserError
+from sst.outputs import refuse_overlap
 from sst.presets import PRESETS
 from sst.progress import duration
 from sst.report.advice import FEW_IMAGES
 from sst.report.finish import Outcome
 from sst.run.estimate import COMPILING_PAYS, expected_seconds, measure, within
 from sst.run.options import RunName, RunOptions, WithRuns
+from sst.run.own_data import OwnData, changes, look
 from sst.run.pipeline import train_run
 from sst.run.placement import REST_GB, WORKER_GB, Machine, cpu_workers, place
 from sst.train.run_directory import RunDirectory
@@ -148,42 +152,86 @@ class OwnCommand(BaseModel):
     stop_when_unwell: bool = False
     """End the run after a checkpoint, with exit code 4, at a sign that it comes to nothing, not only warn. The
     same command without this goes on."""
+    as_packed: bool = False
+    """Go on with the pictures and boxes that the run packed, although the folder or the annotations have changed."""
 
 
 def train_own(command: OwnCommand) -> Outcome:
     """Packs the folder where that has not been done, settles on settings, and trains.
 
     Raises:
-        UserError: if the images or the machine do not permit it, or a run of that name was begun otherwise.
+        UserError: if the images or the machine do not permit it, a run of that name was begun otherwise, or pictures or
+            boxes are no longer those that it packed.
     """
     name = command.name or re.sub(r"[^\w.-]", "_", Path(command.images).resolve().name)
-    run_url = storage.join(command.where.runs, name)
-    given_url = RunDirectory(run_url).chosen_url
+    run = RunDirectory(storage.join(command.where.runs, name))
     given = command.model_dump(include={"images", "landmarks", "annotations", "category", "minutes"})
     given |= {"images": str(Path(command.images).resolve())}
-    if storage.exists(given_url) and (changed := differences(storage.read_json(given_url)["given"], given)):
-        raise UserError(f"{run_url} is a run that was begun otherwise ({'; '.join(changed)}); take another --name")
-    shards = RunDirectory(run_url).shards_url
-    if not storage.exists(storage.join(shards, MANIFEST)):
-        items = folder.items(command.images, command.annotations, category=command.category)
-        choose(sum(item.split == "train" for item in items), command.landmarks, this_machine())  # before any work
-        pack_source(
-            Folder(
-                images=command.images,
-                annotations=command.annotations,
-                category=command.category,
-                out=shards,
-                max_skipped=OWN_MAX_SKIPPED,
-                shard_samples=max(32, min(256, len(items) // 16)),  # several for every worker
-            )
-        )
-    if not storage.exists(given_url):
-        settings = own_settings(command, open_corpus(shards), run_url)
-        storage.write_json(given_url, {"given": given, "settings": settings.model_dump(mode="json")})
-    settings = TrainSettings.model_validate(storage.read_json(given_url)["settings"])
+    begun = storage.exists(run.chosen_url)
+    if begun and (changed := differences(storage.read_json(run.chosen_url)["given"], given)):
+        raise UserError(f"{run.url} is a run that was begun otherwise ({'; '.join(changed)}); take another --name")
+    if storage.exists(storage.join(run.shards_url, MANIFEST)):
+        check_unchanged(command, run)
+    else:
+        pack_own(command, run)
+    if not begun:
+        settings = own_settings(command, open_corpus(run.shards_url), run.url)
+        storage.write_json(run.chosen_url, {"given": given, "settings": settings.model_dump(mode="json")})
+    settings = TrainSettings.model_validate(storage.read_json(run.chosen_url)["settings"])
     resources = settings.resources.changed(stop_when_unwell=command.stop_when_unwell)
     settings = settings.changed(resources=resources)
-    return train_run(settings, shards, run_url, command.where.tracked_as(name))
+    try:
+        return train_run(settings, run.shards_url, run.url, command.where.tracked_as(name))
+    except UserError:
+        if not begun:
+            storage.remove(run.chosen_url)  # the name is free for what is corrected; the shards stay
+        raise
+
+
+def pack_own(command: OwnCommand, run: RunDirectory) -> None:
+    """Packs the folder into the run's directory, and notes what it packs.
+
+    Raises:
+        UserError: if the images or the machine do not permit it, or the folder and the run's directory overlap.
+    """
+    refuse_overlap(
+        run.url, {"the folder": command.images, "--annotations": command.annotations}, "the run (--runs and --name)"
+    )
+    names = pictures_in(command.images).names
+    items = folder.items(command.images, names, command.annotations, category=command.category)
+    choose(sum(item.split == "train" for item in items), command.landmarks, this_machine())  # before any work
+    data = look(command.images, names, command.annotations)
+    pack_source(
+        Folder(
+            images=command.images,
+            annotations=command.annotations,
+            category=command.category,
+            out=run.shards_url,
+            max_skipped=OWN_MAX_SKIPPED,
+            shard_samples=max(32, min(256, len(items) // 16)),  # several for every worker
+        )
+    )
+    storage.write_json(run.packed_url, data.model_dump())
+
+
+def check_unchanged(command: OwnCommand, run: RunDirectory) -> None:
+    """Refuses to go on in silence with pictures or boxes that are no longer what the folder has.
+
+    Raises:
+        UserError: saying what has changed, and what to do.
+    """
+    if command.as_packed or not storage.exists(run.packed_url):  # a run of an earlier version has no note
+        return
+    if not Path(command.images).is_dir():
+        print(f"note: {command.images} is gone; {run.url} goes on with what it packed", file=sys.stderr)
+        return
+    before = OwnData.model_validate(storage.read_json(run.packed_url))
+    now = look(command.images, pictures_in(command.images).names, command.annotations, before)
+    if said := changes(before, now):
+        raise UserError(
+            f"{command.images} is not what {run.url} was begun with: {'; '.join(said)}. The run knows only what it "
+            "packed: take another --name to train on what is there now, or add --as-packed to go on as it was"
+        )
 
 
 def own_settings(command: OwnCommand, corpus: Corpus, run_url: str) -> TrainSettings:

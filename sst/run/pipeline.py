@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from cluster import storage
 from sst.config import TrainSettings
 from sst.data.corpus import Corpus, open_corpus
-from sst.errors import UserError
+from sst.errors import UserError, terminable
+from sst.outputs import NewDirectory
 from sst.predict.export import as_onnx, exported_program, mlflow_files
 from sst.report.advice import seen_on_the_way
 from sst.report.finish import Outcome, finish_run
@@ -30,7 +31,6 @@ from sst.run.distributed import (
     start_ray,
     train_on_workers,
 )
-from sst.run.interrupt import terminable
 from sst.run.lock import RunHeldError, RunLock
 from sst.run.metrics import MetricsFile, MetricsReader
 from sst.run.placement import Placement, place
@@ -71,15 +71,21 @@ def train_run(
     check_local_cpus(settings.resources)
     corpus, run = open_corpus(storage.absolute(shards)), RunDirectory(storage.absolute(run_url))
     check_disk(settings, sum(shard.samples for shard in corpus.manifest.shards), run.url)
-    with terminable(), RunLock(run.url):
-        settings = as_begun(run, settings)
-        is_new = claim(run, settings, corpus)
-        try:
-            return tracked_run(settings, corpus, run, tracking, keypoints, started)
-        except UserError:
-            if is_new:
-                storage.remove(run.url)  # the name is free for corrected settings
-            raise
+    directory = NewDirectory(run.url)
+    try:
+        with terminable(), RunLock(run.url):
+            settings = as_begun(run, settings)
+            before = set(storage.list_names(run.url))
+            is_new = claim(run, settings, corpus)
+            try:
+                return tracked_run(settings, corpus, run, tracking, keypoints, started)
+            except UserError:
+                for name in set(storage.list_names(run.url)) - before if is_new else ():
+                    storage.remove(storage.join(run.url, name))  # the name is free for corrected settings
+                raise
+    except BaseException:
+        directory.take_back()  # if nothing was written into it
+        raise
 
 
 def tracked_run(

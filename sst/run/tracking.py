@@ -174,11 +174,7 @@ class Tracker:
             except Exception as error:  # whatever MLflow or its server raises must not reach the run
                 failures += 1
                 if failures == 1:
-                    logger.warning(
-                        "MLflow at %s can't be reached (%s); the run goes on, and its metrics are sent later",
-                        redact(self._uri),
-                        type(error).__name__,
-                    )
+                    logger.warning("%s", why_not(self._uri, error))
             pause = POLL_SECONDS if not failures else min(LONGEST_PAUSE, 2.0 ** min(failures, 9) / 2)
             if self._closing.is_set():
                 time.sleep(0.2)
@@ -260,6 +256,22 @@ class Tracker:
         self._note()
 
 
+def why_not(uri: str, error: Exception) -> str:
+    """What to say of an MLflow that takes nothing, and what to do."""
+    place, later = redact(uri), "the run goes on, and its metrics are sent later"
+    if "database schema" in str(error):
+        return f"{other_schema(place)}; {later}"
+    return f"MLflow at {place} can't be reached ({type(error).__name__}); {later}"
+
+
+def other_schema(place: str) -> str:
+    """What to say of a database that this version of MLflow can't use."""
+    return (
+        f"the MLflow database {place} is of another version of MLflow: keep a copy of it and run `mlflow db upgrade "
+        f"{place}`, or give another --tracking"
+    )
+
+
 def noted_run(run_url: str) -> str:
     """The MLflow run of a run directory.
 
@@ -275,9 +287,12 @@ def artifact_place(uri: str, experiment: str) -> str | None:
     MLflow would put them below the working directory, which a submitted job loses.
     """
     scheme, _, path = uri.partition(":///")
-    return (
-        f"{os.path.dirname(os.path.abspath(path))}/mlruns/{quote(experiment, safe='')}" if scheme == "sqlite" else None
-    )
+    if scheme != "sqlite":
+        return None
+    folder = os.path.dirname(os.path.abspath(path))
+    if "%" in folder:  # MLflow reads a path as it reads a URI, and %20 as a blank
+        folder = f"file://{quote(folder)}"
+    return f"{folder}/mlruns/{quote(experiment, safe='')}"
 
 
 def absolute_uri(uri: str) -> str:

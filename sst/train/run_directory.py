@@ -23,6 +23,10 @@ from cluster.shards import Labels
 from sst.nn.precision import Precision
 from sst.train.model import record_url
 
+WRITTEN = ("rounds", "checkpoints", "model", "predictions", "landmarks.json", "metrics.jsonl", "final_metrics.json",
+           "scores.json", "report.html", "figures", "ray")  # fmt: skip
+"""What a run writes into its directory after its settings."""
+
 
 class RoundRecord(BaseModel):
     """What is known of a complete round.
@@ -103,6 +107,11 @@ class RunDirectory:
     def shards_url(self) -> str:
         """Where `train own` packs its images."""
         return storage.join(self.url, "shards")
+
+    @property
+    def packed_url(self) -> str:
+        """What `train own` packed, file by file."""
+        return storage.join(self.url, "packed.json")
 
     @property
     def checkpoints_url(self) -> str:

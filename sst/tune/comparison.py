@@ -12,7 +12,7 @@ from sst.errors import UserError
 from sst.report.pictures import png
 from sst.report.plots import curves
 from sst.report.report import MEANINGS, ReportFigure, short
-from sst.run.tracking import redact
+from sst.run.tracking import other_schema, redact
 
 METRICS = {
     "model/equivariance_error": "equivariance error, %",
@@ -77,8 +77,8 @@ def fetch_runs(uri: str, experiment: str, given: Sequence[str] = ()) -> list[Com
     set_environment(MLFLOW_ENVIRONMENT)
     import mlflow
 
-    client = mlflow.MlflowClient(tracking_uri=uri)
     try:
+        client = mlflow.MlflowClient(tracking_uri=uri)
         found = client.get_experiment_by_name(experiment)
         if found is None:
             raise UserError(f"MLflow at {redact(uri)} has no experiment {experiment}")
@@ -94,7 +94,14 @@ def fetch_runs(uri: str, experiment: str, given: Sequence[str] = ()) -> list[Com
             raise UserError(f"{len(chosen)} runs are too many for one page; name at most {MAX_RUNS}, or sweeps")
         return [_compared(client, run) for run in chosen]
     except mlflow.exceptions.MlflowException as error:
+        if "database schema" in str(error):
+            raise UserError(other_schema(redact(uri))) from error
         raise UserError(f"MLflow at {redact(uri)}: {' '.join(str(error).split())}") from error
+
+
+def is_page(data: bytes) -> bool:
+    """Whether this is a page that `comparison_page` made."""
+    return b'<meta name="generator" content="landmarks compare">' in data[:1000]
 
 
 def choose(runs: Sequence[Any], given: Sequence[str]) -> list[Any]:

@@ -1,5 +1,6 @@
 """Packing: which images are taken, what is stored of them, and how mistakes end."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -23,7 +24,8 @@ FACES = Path("../shared/data/faces")
 
 def save(path: Path, image: np.ndarray | Image.Image | None = None, **options: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = np.full((40, 60, 3), 100, np.uint8) if image is None else image
+    if image is None:  # one for each name: equal ones would belong to one split
+        image = np.full((40, 60, 3), np.frombuffer(hashlib.sha256(str(path).encode()).digest()[:3], np.uint8))
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path, **options)
     return path
 

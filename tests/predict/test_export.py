@@ -76,7 +76,7 @@ def test_torch_export_gives_our_points(exported, shape):
 def test_an_earlier_export_is_replaced_only_when_asked(exported, capsys):
     with pytest.raises(SystemExit) as exit_:
         job.main([exported[0], "--out", str(exported[1])])
-    assert exit_.value.code == 2 and "is there already" in capsys.readouterr().err
+    assert exit_.value.code == 2 and "holds model.pt2 already" in capsys.readouterr().err
 
 
 def test_mlflow_serves_the_model_over_http(exported):

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from sst.errors import Terminated, exit_on_user_error
-from sst.run.interrupt import StopFlag, run_stoppably, terminable
+from sst.errors import Terminated, exit_on_user_error, terminable
+from sst.run.interrupt import StopFlag, run_stoppably
 
 
 def later(seconds: float, number: int) -> None:

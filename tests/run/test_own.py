@@ -251,6 +251,60 @@ def test_annotations_of_one_category_are_packed_and_what_is_odd_is_said(folder, 
     assert "category: owl -> cat" in capsys.readouterr().err
 
 
+def refused(folder, *more: str) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        own(folder, *more)
+    assert exit_.value.code == 2
+
+
+def test_pictures_or_boxes_that_changed_are_named_with_what_to_do(folder, started, capsys):
+    table = folder.parent / "boxes.csv"
+    table.write_text("file,box_x0,box_y0,box_x1,box_y1\n1.jpg,4,4,40,40\n")
+    words = ["--annotations", str(table)]
+    own(folder, *words)
+    (folder / "2.jpg").touch()
+    own(folder, *words)
+    assert len(started) == 2
+    table.write_text("file,box_x0,box_y0,box_x1,box_y1\n1.jpg,4,4,44,44\n")
+    refused(folder, *words)
+    said = capsys.readouterr().err
+    assert "--annotations is another one" in said and "1 picture" not in said and "take another --name" in said
+    (folder / "3.jpg").unlink()
+    (folder / "4.jpg").write_bytes((folder / "5.jpg").read_bytes())
+    (folder / "new.jpg").write_bytes((folder / "5.jpg").read_bytes())
+    refused(folder, *words)
+    said = capsys.readouterr().err
+    for part in ("1 picture is new (new.jpg)", "1 picture is gone (3.jpg)", "1 picture is changed (4.jpg)"):
+        assert part in said, said
+    own(folder, *words, "--as-packed")
+    assert len(started) == 3
+    own(folder, *words, "--name", "other")
+    folder.rename(folder.parent / "away")
+    own(folder, *words)
+    assert "is gone" in capsys.readouterr().err and len(started) == 5
+
+
+def test_the_run_of_a_folder_lies_outside_of_it(folder, started, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for runs in ("runs", ".."):
+        with pytest.raises(SystemExit):
+            train.main(["own", "--images", ".", "--runs", runs])
+        assert "the run (--runs and --name)" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before and not started
+
+
+def test_a_refused_run_leaves_the_name_for_corrected_settings(folder, started, monkeypatch):
+    def refuse(*_):
+        raise UserError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sst.run.own.train_run", refuse)
+        refused(folder, "--landmarks", "12")
+    own(folder, "--landmarks", "13")
+    assert started[0][0].stage2.max_landmarks == 13
+
+
 def test_too_few_images_leave_nothing(folder, started, capsys):
     for number in range(30):
         (folder / f"{number}.jpg").unlink()
