@@ -35,15 +35,20 @@ def items(images: str, annotations: str | None = None, test_share: float = 0.1) 
     Args:
         images: the folder.
         annotations: CSV (columns file, and optionally split, subject, box_x0 to box_y1, x0, y0, x1, y1, ...;
-            others are ignored), or COCO keypoints (.json). Files that it does not name have no annotation.
+            others are ignored), COCO keypoints (.json), or a project of another tool (`sst.corpora.interop`).
+            Files that it does not name have no annotation.
         test_share: share of the images without a split that become test images.
 
     Raises:
         UserError: if there is no such folder, no image in it, or the annotation file is unusable.
     """
+    from sst.corpora import interop  # which reads folders too
+
     root = Path(images)
     if not root.is_dir():
         raise UserError(f"{images}: {'not a folder' if root.exists() else 'no such folder'}; give a folder of images")
+    if annotations is not None and interop.is_project(annotations):
+        return interop.items(images, annotations, test_share)
     names = sorted(
         Path(base, name).relative_to(root).as_posix()
         for base, _, files in os.walk(root, followlinks=True)

@@ -36,7 +36,11 @@ class Folder(Pack):
     """A folder of images, with or without annotations."""
 
     images: str = Field(description="Folder of images; subfolders are searched too.")
-    annotations: str | None = Field(None, description="CSV, or COCO keypoints (.json); points are for scoring only.")
+    annotations: str | None = Field(
+        None,
+        description="CSV, COCO keypoints (.json), or a project of DeepLabCut (config.yaml), SLEAP (.slp), Label Studio "
+        "(.json), CVAT (.xml) or NWB (.nwb); points are for scoring only.",
+    )
     size: int = Field(256, ge=16, description="Pixels that the longer side of the box is shrunk to, if longer.")
     test_share: float = Field(0.1, ge=0, lt=1, description="Share of test images among those without a split.")
 

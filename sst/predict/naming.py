@@ -7,8 +7,9 @@ place; the more there are, the more the regression may say, and how much is sett
 Shape letters: N images, K landmarks, L named points. Points are (x, y) in pixels of a 256 px view.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
 
 from cluster import storage
-from sst.corpora import folder
+from sst.corpora import folder, interop
+from sst.corpora.packing import UnusableImage
 from sst.errors import UserError
 from sst.predict.predictor import Found, in_image, in_view, open_model, predict
 from sst.predict.shape import VIEW, _map_back, affine_maps, lay_on, left_over, mean_shape
@@ -263,7 +265,8 @@ class Name(BaseModel):
     model: Annotated[str, tyro.conf.Positional]
     """Run directory of `landmarks train`, or the model/ directory in it."""
     annotations: str
-    """COCO keypoints (.json), or CSV (file, x0, y0, x1, y1, ...); boxes in it are used as by `landmarks pack`."""
+    """COCO keypoints (.json), CSV (file, x0, y0, x1, y1, ...), or a project of DeepLabCut (config.yaml), SLEAP (.slp),
+    Label Studio (.json), CVAT (.xml) or NWB (.nwb); boxes in it are used as by `landmarks pack`."""
     images: str | None = None
     """Folder of the images; by default the one that the annotation file lies in."""
 
@@ -278,17 +281,7 @@ def annotated_examples(config: Name) -> tuple[Examples, list[str], str, str]:
         UserError: if nothing is annotated, or an image is missing or unreadable.
     """
     model, record, place = open_model(config.model)
-    root = Path(config.images or Path(config.annotations).parent)
-    rows = [row for row in folder.read_annotations(config.annotations) if row.points is not None]
-    rows = [row for row in rows if row.points is not None and np.isfinite(row.points).all(-1).any()]
-    if not rows:
-        raise UserError(f"{config.annotations}: no annotated points in it; annotate a handful of images")
-    if missing := [row.file for row in rows if not (root / row.file).is_file()]:
-        raise UserError(
-            f"{config.annotations}: {len(missing)} of {len(rows)} annotated images are not in {root}: "
-            f"{', '.join(missing[:5])}; say where they are by --images"
-        )
-    targets = [Target(row.file, root / row.file, row.box) for row in rows]
+    rows, targets, names = _annotated(config)
     results = predict(model, record.network.input_size, targets)
     points, confidence, wanted = [], [], []
     for row, found in zip(rows, with_progress(results, "finding landmarks", len(rows)), strict=True):
@@ -299,8 +292,39 @@ def annotated_examples(config: Name) -> tuple[Examples, list[str], str, str]:
         confidence.append(found.confidence)
         wanted.append(in_view(row.points, found.box, VIEW))
     examples = Examples(np.stack(points), np.stack(confidence), np.stack(wanted))
-    names = folder.point_names(config.annotations, examples.targets.shape[1])
-    return examples, names, place, record.weights
+    return examples, names or folder.point_names(config.annotations, examples.targets.shape[1]), place, record.weights
+
+
+def _annotated(config: Name) -> tuple[list[folder.Row], Iterable[Target], list[str]]:
+    """The annotated objects, as rows and as what is predicted on, and their points' names where a project has them."""
+    given = Path(config.annotations)
+    root = Path(config.images or (given if given.is_dir() else given.parent))
+    names: list[str] = []
+    pictures: Mapping[str, Callable[[], np.ndarray]] = {}
+    if interop.is_project(config.annotations):
+        found = interop.annotated(config.annotations, root)
+        rows, names, pictures = found.rows, found.names, found.pictures
+    else:
+        rows = folder.read_annotations(config.annotations)
+    rows = [row for row in rows if row.points is not None and np.isfinite(row.points).all(-1).any()]
+    if not rows:
+        raise UserError(f"{config.annotations}: no annotated points in it; annotate a handful of images")
+    if missing := [row.file for row in rows if row.file not in pictures and not (root / row.file).is_file()]:
+        raise UserError(
+            f"{config.annotations}: {len(missing)} of {len(rows)} annotated images are not in {root}: "
+            f"{', '.join(missing[:5])}; say where they are by --images"
+        )
+    read = {file: partial(_picture, config.annotations, file, get) for file, get in pictures.items()}
+    targets = (Target(row.file, read[row.file]() if row.file in read else root / row.file, row.box) for row in rows)
+    return rows, targets, names
+
+
+def _picture(annotations: str, file: str, get: Callable[[], np.ndarray]) -> np.ndarray:
+    """A frame of a video, read when it is needed."""
+    try:
+        return get()
+    except UnusableImage as error:
+        raise UserError(f"{file}: {error}; mend it or take it out of {annotations}") from error
 
 
 def learn_names(config: Name) -> tuple[NamedPoints, Examples, str]:

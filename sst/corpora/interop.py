@@ -1,0 +1,202 @@
+"""Annotations of other tools' projects on the images of a folder.
+
+A project names its images as they lay where it was made. Here each is found below the given folder by the end of its
+path: `/data/me/videos/a/img1.png` is `a/img1.png` or `img1.png`, whichever is there.
+"""
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+
+from sst.corpora import folder
+from sst.corpora.folder import Row
+from sst.corpora.packing import Item, SourceImage, UnusableImage, read_image, split_of
+from sst.corpora.projects import Labelled, Project, read_deeplabcut, read_project, reader
+from sst.errors import UserError
+
+ORIENTATION = 274
+"""EXIF's tag; from 5 on the upright image has the stored one's sides exchanged."""
+
+DRAWN = "_labeled"
+"""DeepLabCut draws the labels on copies of the images, in folders whose names end so."""
+
+
+@dataclass(frozen=True, eq=False)
+class Annotated:
+    """A project's objects on images that are there.
+
+    Attributes:
+        names: of the L points.
+        rows: the objects; `file` is relative to the folder, or VIDEO/frame_NUMBER.
+        pictures: frames of videos by `file`; uint8 RGB (H, W, 3), and each call may raise `UnusableImage`.
+    """
+
+    names: list[str]
+    rows: list[Row]
+    pictures: dict[str, Callable[[], np.ndarray]]
+
+
+def is_project(path: str) -> bool:
+    """Whether annotations are a project of another tool, rather than a CSV of our form or COCO."""
+    return reader(path) is not None
+
+
+def annotated(path: str, root: Path) -> Annotated:
+    """Reads a project and finds its images.
+
+    Args:
+        path: of the project.
+        root: the folder that its images, or videos, lie in.
+
+    Raises:
+        UserError: as `read_project`, and if an image is not there, could be one of several, or has other proportions
+            than the project says.
+    """
+    project = read_project(path)
+    for note in project.notes:
+        print(f"note: {path}: {note}")
+    wanted = {each.image for each in project.objects if (each.image, each.frame or 0) not in project.pictures}
+    present = [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
+    places = matched(path, wanted, present)
+    rows, pictures = [], {}
+    for each in project.objects:
+        if each.frame is None:
+            rows.append(_row(project, each, places[each.image], _scale(path, each, root / places[each.image])))
+            continue
+        name = f"{PurePosixPath(each.image).stem}/frame_{each.frame:06d}"
+        rows.append(_row(project, each, name, 1.0))
+        inside = project.pictures.get((each.image, each.frame))
+        read = inside or partial(_frame, root / places[each.image], each.frame)
+        pictures[name] = partial(_as_rgb, read)
+    return Annotated(project.names, rows, pictures)
+
+
+def matched(path: str, wanted: Collection[str], present: Iterable[str]) -> dict[str, str]:
+    """For each image of a project the file with the same name and the most folders in common, from the end.
+
+    Raises:
+        UserError: if there is none, or there are several that fit as well.
+    """
+    by_name: dict[str, list[str]] = {}
+    for file in present:
+        by_name.setdefault(PurePosixPath(file).name, []).append(file)
+    places, missing = {}, []
+    for image in sorted(wanted):
+        files = by_name.get(PurePosixPath(image).name, [])
+        common = [_common_end(image, file) for file in files]
+        best = [file for file, number in zip(files, common, strict=True) if number == max(common)]
+        if len(best) > 1:
+            raise UserError(f"{path}: {image} may be {' or '.join(sorted(best)[:3])}; name the folder more narrowly")
+        if best:
+            places[image] = best[0]
+        else:
+            missing.append(image)
+    if missing:
+        raise UserError(
+            f"{path}: {len(missing)} of {len(wanted)} images named there are not in the folder: "
+            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; say where they are by --images"
+        )
+    return places
+
+
+def _common_end(one: str, other: str) -> int:
+    count = 0
+    for left, right in zip(reversed(PurePosixPath(one).parts), reversed(PurePosixPath(other).parts), strict=False):
+        if left != right:
+            break
+        count += 1
+    return count
+
+
+def _scale(path: str, each: Labelled, file: Path) -> float:
+    """How much larger the image is than the one that was annotated."""
+    if each.size is None:
+        return 1.0
+    try:
+        with Image.open(file) as image:
+            width, height = image.size
+            if image.getexif().get(ORIENTATION, 1) >= 5:
+                width, height = height, width
+    except Exception:  # Pillow raises many types on damaged input, which is named when it is read
+        return 1.0
+    ratio = width / each.size[0], height / each.size[1]
+    # A shrunk copy's sides are whole numbers of pixels, so its ratios differ by up to a pixel's worth.
+    if abs(ratio[0] - ratio[1]) > max(1 / each.size[0], 1 / each.size[1]) * max(ratio):
+        raise UserError(
+            f"{path}: {each.image} was annotated at {each.size[0]} x {each.size[1]} pixels and has {width} x {height}"
+        )
+    return width / each.size[0]
+
+
+def _row(project: Project, each: Labelled, file: str, scale: float) -> Row:
+    places = [each.places.get(name, (np.nan, np.nan)) for name in project.names]
+    # Sizes scale about the corner of the first pixel, places about its centre.
+    points = (np.array(places, np.float64).reshape(-1, 2) + 0.5) * scale - 0.5
+    x0, y0, x1, y1 = (side * scale for side in each.box or (0.0, 0.0, 0.0, 0.0))
+    seen = np.array([name in each.places and name not in each.hidden for name in project.names])
+    if not project.names or not each.places:
+        return Row(file, box=None if each.box is None else (x0, y0, x1, y1))
+    return Row(file, box=None if each.box is None else (x0, y0, x1, y1), points=points, visible=seen)
+
+
+def _frame(file: Path, number: int) -> np.ndarray:
+    """A frame of a video, RGB."""
+    import cv2
+
+    video = cv2.VideoCapture(str(file))
+    video.set(cv2.CAP_PROP_POS_FRAMES, number)
+    at = video.get(cv2.CAP_PROP_POS_FRAMES)
+    good, frame = video.read()
+    video.release()
+    if not good or at != number:
+        raise UnusableImage(f"frame {number} of {file.name} can't be read")
+    return np.ascontiguousarray(frame[:, :, ::-1])
+
+
+def _as_rgb(read: Callable[[], np.ndarray]) -> np.ndarray:
+    image = read()
+    return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
+
+
+def items(images: str, path: str, test_share: float) -> list[Item]:
+    """What is packed of a folder and a project: all its images, or of a project of videos the labelled frames.
+
+    Args:
+        images: the folder.
+        path: the project.
+        test_share: as of `folder.items`.
+
+    Raises:
+        UserError: as `annotated` and `folder.items`.
+    """
+    found = annotated(path, Path(images))
+    rows: dict[str, list[Row]] = {}
+    for row in found.rows:
+        rows.setdefault(row.file, []).append(row)
+    plain = folder.items(images, None, test_share) if len(found.pictures) < len(rows) else []
+    if reader(path) is read_deeplabcut:
+        kept = [item for item in plain if not PurePosixPath(item.source).parent.name.endswith(DRAWN)]
+        if len(kept) < len(plain):
+            print(f"note: {len(plain) - len(kept)} images in folders *{DRAWN}, on which labels are drawn, are left out")
+        plain = kept
+    result = [item for item in plain if item.source not in rows]
+    for name, own in rows.items():
+        for number, row in enumerate(own):
+            load = _loader(Path(images), row, found.pictures.get(name))
+            source = name if len(own) == 1 else f"{name}#{number}"
+            result.append(
+                Item(source, split_of(name, test_share), None, load, None if row.points is None else len(row.points))
+            )
+    return sorted(result, key=lambda item: item.source)
+
+
+def _loader(root: Path, row: Row, picture: Callable[[], np.ndarray] | None) -> Callable[[], SourceImage]:
+    def load() -> SourceImage:
+        image = picture() if picture is not None else read_image(root / row.file)
+        return SourceImage(image, row.box, row.points, row.visible)
+
+    return load
