@@ -4,7 +4,7 @@ A project names its images as they lay where it was made. Here each is found bel
 path: `/data/me/videos/a/img1.png` is `a/img1.png` or `img1.png`, whichever is there.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -37,7 +37,7 @@ class Annotated:
 
     names: list[str]
     rows: list[Row]
-    pictures: dict[str, Callable[[], np.ndarray]]
+    pictures: Mapping[str, Callable[[], np.ndarray]]
 
 
 def is_project(path: str) -> bool:
@@ -76,21 +76,25 @@ def annotated(path: str, root: Path) -> Annotated:
 
 
 def matched(path: str, wanted: Collection[str], present: Iterable[str]) -> dict[str, str]:
-    """For each image of a project the file with the same name and the most folders in common, from the end.
+    """For each image of a project the file of the same name that shares the most folders with it, from the end.
+
+    Of several such files it is the one whose whole path is the end of the image's.
 
     Raises:
-        UserError: if there is none, or there are several that fit as well.
+        UserError: if there is none, several fit as well, or one fits several images.
     """
     by_name: dict[str, list[str]] = {}
     for file in present:
         by_name.setdefault(PurePosixPath(file).name, []).append(file)
-    places, missing = {}, []
+    places: dict[str, str] = {}
+    missing = []
     for image in sorted(wanted):
-        files = by_name.get(PurePosixPath(image).name, [])
-        common = [_common_end(image, file) for file in files]
-        best = [file for file, number in zip(files, common, strict=True) if number == max(common)]
+        scores = {file: _common_end(image, file) for file in by_name.get(PurePosixPath(image).name, [])}
+        best = [file for file, score in scores.items() if score == max(scores.values())]
         if len(best) > 1:
-            raise UserError(f"{path}: {image} may be {' or '.join(sorted(best)[:3])}; name the folder more narrowly")
+            raise UserError(
+                f"{path}: {image} may be {' or '.join(sorted(best)[:3])}; give a folder that holds one of them"
+            )
         if best:
             places[image] = best[0]
         else:
@@ -100,16 +104,22 @@ def matched(path: str, wanted: Collection[str], present: Iterable[str]) -> dict[
             f"{path}: {len(missing)} of {len(wanted)} images named there are not in the folder: "
             f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; say where they are by --images"
         )
+    images = {file: image for image, file in places.items()}
+    if twice := [image for image, file in places.items() if images[file] != image]:
+        raise UserError(
+            f"{path}: {twice[0]} and {images[places[twice[0]]]} would both be {places[twice[0]]}; "
+            "give the folder that holds both of them by --images"
+        )
     return places
 
 
-def _common_end(one: str, other: str) -> int:
-    count = 0
-    for left, right in zip(reversed(PurePosixPath(one).parts), reversed(PurePosixPath(other).parts), strict=False):
-        if left != right:
-            break
-        count += 1
-    return count
+def _common_end(image: str, file: str) -> tuple[int, bool]:
+    """How many parts two paths share from the end, and whether these are all of the file's."""
+    parts, own = PurePosixPath(image).parts[::-1], PurePosixPath(file).parts[::-1]
+    count = next(
+        (n for n, pair in enumerate(zip(parts, own, strict=False)) if pair[0] != pair[1]), min(len(parts), len(own))
+    )
+    return count, count == len(own)
 
 
 def _scale(path: str, each: Labelled, file: Path) -> float:

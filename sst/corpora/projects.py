@@ -395,7 +395,7 @@ READERS: dict[str, Callable[[str], Project]] = {
 }
 """By the file's ending; .csv and .json are told from our own by their first bytes."""
 
-TITLES = {
+TITLES: dict[Callable[[str], Project], str] = {
     read_deeplabcut: "DeepLabCut",
     read_label_studio: "Label Studio",
     read_cvat: "CVAT",

@@ -20,11 +20,15 @@ from sst.errors import UserError
 from sst.predict.naming import NamedPoints, load_names
 from sst.predict.overlay import draw_landmarks
 from sst.predict.predictor import Found, Unreadable, needs_boxes, open_model, predict
+from sst.predict.projects import FILES, Media, Tool, check_tools, project_files
 from sst.predict.sources import find_sources
 from sst.predict.tables import Rows, as_coco, as_csv
 from sst.progress import with_progress
 
-OUTPUTS = ("predictions.json", "predictions.csv", "named.json", "named.csv", "pictures", "named_pictures", "video.mp4")
+OUTPUTS = (
+    *("predictions.json", "predictions.csv", "named.json", "named.csv", "pictures", "named_pictures", "video.mp4"),
+    *FILES,
+)
 
 
 class Predict(BaseModel):
@@ -44,6 +48,8 @@ class Predict(BaseModel):
     """Confidence from which a landmark counts as visible, instead of the model's own."""
     pictures: Annotated[int, Field(ge=0)] = 200
     """At most so many pictures are drawn; every frame of a video is."""
+    projects: tuple[Tool, ...] = ()
+    """Annotation tools that the predictions are also written for; the named points, where there are names."""
     overwrite: bool = False
     """Replace earlier predictions in --out."""
 
@@ -105,10 +111,13 @@ class Collected:
     found: list[Found] = field(default_factory=list)
     unreadable: list[Unreadable] = field(default_factory=list)
     named: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
 
     def add(self, result: Found, pictures: Pictures) -> None:
         """Keeps an image's points, and draws them while pictures are wanted."""
         self.found.append(result.without_picture())
+        if isinstance(result.target.source, Path):
+            self.files.append(result.target.source)
         drawings = [("pictures", result.points, result.confidence, [str(k) for k in range(len(result.points))])]
         if self.names is not None:
             points, confidence = self.names.on_image(result.points, result.confidence, result.box)
@@ -148,6 +157,8 @@ def write_predictions(config: Predict) -> None:
     if not config.images:
         raise UserError("no images are named; give files, folders, patterns, one directory of shards or one video")
     sources = find_sources(config.images, config.boxes)
+    is_video, is_shards = sources.frames_per_second is not None, not isinstance(sources.targets, list)
+    check_tools(config.projects, shards=is_shards and not is_video, video=is_video)
     clear(config)
     if sources.whole and needs_boxes(record):
         print(
@@ -176,6 +187,11 @@ def write_predictions(config: Predict) -> None:
     for name, table in tables.items():
         storage.write_bytes(storage.join(config.out, f"{name}.csv"), as_csv(table).encode())
         storage.write_json(storage.join(config.out, f"{name}.json"), as_coco(table, collected.unreadable))
+    video = Path(config.images[0]) if sources.frames_per_second is not None else None
+    media = Media(collected.files, video, sources.frames_per_second)
+    for tool in config.projects:
+        for name, data in project_files(tool, tables.get("named", tables["predictions"]), media):
+            storage.write_bytes(storage.join(config.out, name), data)
     say(config, tables["predictions"], collected)
 
 
