@@ -276,7 +276,8 @@ def _deeplabcut_config(rows: Rows, folders: Sequence[str], animals: Sequence[str
         "corner2move2": [50, 50],
         "move2corner": True,
     }
-    return yaml.safe_dump(config, sort_keys=False).encode()
+    text: str = yaml.safe_dump(config, sort_keys=False)
+    return text.encode()
 
 
 def sleap(rows: Rows, media: Media) -> Iterator[tuple[str, bytes]]:
