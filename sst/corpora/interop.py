@@ -15,7 +15,7 @@ from PIL import Image
 from sst.corpora import folder
 from sst.corpora.folder import Row
 from sst.corpora.packing import Item, SourceImage, UnusableImage, read_image, split_of
-from sst.corpora.projects import Labelled, Project, read_deeplabcut, read_project, reader
+from sst.corpora.projects import CORNER, Labelled, Project, read_deeplabcut, read_project, reader
 from sst.errors import UserError
 
 ORIENTATION = 274
@@ -59,20 +59,31 @@ def annotated(path: str, root: Path) -> Annotated:
     project = read_project(path)
     for note in project.notes:
         print(f"note: {path}: {note}")
-    wanted = {each.image for each in project.objects if (each.image, each.frame or 0) not in project.pictures}
+    inside = project.pictures
+    wanted = {each.image for each in project.objects if each.frame is None or (each.image, each.frame) not in inside}
     present = [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
     places = matched(path, wanted, present)
+    videos = _short_names(each.image for each in project.objects if each.frame is not None)
     rows, pictures = [], {}
     for each in project.objects:
         if each.frame is None:
             rows.append(_row(project, each, places[each.image], _scale(path, each, root / places[each.image])))
             continue
-        name = f"{PurePosixPath(each.image).stem}/frame_{each.frame:06d}"
+        name = f"{videos[each.image]}/frame_{each.frame:06d}"
         rows.append(_row(project, each, name, 1.0))
-        inside = project.pictures.get((each.image, each.frame))
-        read = inside or partial(_frame, root / places[each.image], each.frame)
-        pictures[name] = partial(_as_rgb, read)
+        own = inside.get((each.image, each.frame))
+        pictures[name] = partial(_as_rgb, own or partial(_frame, root / places[each.image], each.frame))
     return Annotated(project.names, rows, pictures)
+
+
+def _short_names(videos: Iterable[str]) -> dict[str, str]:
+    """What each video is called here: its file's name without ending, numbered where several have the same."""
+    names: dict[str, str] = {}
+    for video in dict.fromkeys(videos):
+        stem = PurePosixPath(video).stem
+        same = sum(PurePosixPath(other).stem == stem for other in names)
+        names[video] = f"{stem}_{same + 1}" if same else stem
+    return names
 
 
 def matched(path: str, wanted: Collection[str], present: Iterable[str]) -> dict[str, str]:
@@ -143,14 +154,17 @@ def _scale(path: str, each: Labelled, file: Path) -> float:
 
 
 def _row(project: Project, each: Labelled, file: str, scale: float) -> Row:
+    box: tuple[float, float, float, float] | None = None
+    if each.box is not None:
+        x0, y0, x1, y1 = (side * scale for side in each.box)
+        box = (x0, y0, x1, y1)
+    if not each.places:
+        return Row(file, box=box)
     places = [each.places.get(name, (np.nan, np.nan)) for name in project.names]
-    # Sizes scale about the corner of the first pixel, places about its centre.
-    points = (np.array(places, np.float64).reshape(-1, 2) + 0.5) * scale - 0.5
-    x0, y0, x1, y1 = (side * scale for side in each.box or (0.0, 0.0, 0.0, 0.0))
+    # Sizes scale about the corner of the first pixel, places are counted from its centre.
+    points = (np.array(places, np.float64) + CORNER) * scale - CORNER
     seen = np.array([name in each.places and name not in each.hidden for name in project.names])
-    if not project.names or not each.places:
-        return Row(file, box=None if each.box is None else (x0, y0, x1, y1))
-    return Row(file, box=None if each.box is None else (x0, y0, x1, y1), points=points, visible=seen)
+    return Row(file, box=box, points=points, visible=seen)
 
 
 def _frame(file: Path, number: int) -> np.ndarray:

@@ -148,7 +148,7 @@ def read_deeplabcut(path: str) -> Project:
 def _deeplabcut_table(path: Path) -> tuple[list[str], list[Labelled], int]:
     """Names of the points, objects, and how many points belong to no animal."""
     with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.reader(file))
+        rows = [row for row in csv.reader(file) if row]
     header = {row[0]: row for row in rows[:4] if row[0] in ("scorer", "individuals", "bodyparts", "coords")}
     coords, parts = header["coords"], header["bodyparts"]
     first = coords.index("x")  # what stands before is the image, in one column or in three
@@ -186,11 +186,10 @@ def read_label_studio(path: str) -> Project:
 
 def _task_image(task: Mapping[str, Any]) -> str:
     """The task's image: the path in a URL, without what Label Studio puts before it."""
-    url = next(
-        value for key, value in sorted(task["data"].items(), key=lambda item: item[0] != "image")
-        if isinstance(value, str) and re.search(r"\.\w{3,4}$", value)
-    )  # fmt: skip
-    parts = urlsplit(url)
+    texts = [value for value in (task["data"].get("image"), *task["data"].values()) if isinstance(value, str)]
+    if not texts:
+        raise ValueError(f"task {task.get('id')} names no image")
+    parts = urlsplit(next((text for text in texts if "/" in text or "." in text), texts[0]))
     local = parse_qs(parts.query).get("d")
     path = local[0] if local else unquote(parts.path)
     return re.sub(r"(/upload/(?:.*/)?)[0-9a-f]{8}-", r"\1", path).lstrip("/")
@@ -303,7 +302,7 @@ def read_sleap(path: str) -> Project:
         if isinstance(files, list):
             image, number = files[frame.frame_idx], None
         else:
-            embedded = str(files) == path
+            embedded = Path(files).absolute() == Path(path).absolute()
             source = frame.video.source_video.filename if embedded and frame.video.source_video else files
             image, number = (source[frame.frame_idx] if isinstance(source, list) else source), frame.frame_idx
             if embedded:
@@ -336,9 +335,8 @@ def read_nwb(path: str) -> Project:
                 continue
             for frame in training.training_frames.training_frames.values():
                 files, number = list(frame.source_video.external_file[:]), int(frame.source_video_frame_index)
-                image, number_in = (
-                    (files[0], number) if len(files) == 1 and is_video(files[0]) else (files[number], None)
-                )
+                alone = len(files) == 1 and (number > 0 or is_video(files[0]))
+                image, number_in = (files[0], number) if alone else (files[number], None)
                 for instance in frame.skeleton_instances.skeleton_instances.values():
                     names = [str(name) for name in instance.skeleton.nodes[:]]
                     found.add(tuple(names))

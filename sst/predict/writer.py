@@ -16,6 +16,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import storage
+from sst.data.shards import MANIFEST
 from sst.errors import UserError
 from sst.predict.naming import NamedPoints, load_names
 from sst.predict.overlay import draw_landmarks
@@ -157,8 +158,8 @@ def write_predictions(config: Predict) -> None:
     if not config.images:
         raise UserError("no images are named; give files, folders, patterns, one directory of shards or one video")
     sources = find_sources(config.images, config.boxes)
-    is_video, is_shards = sources.frames_per_second is not None, not isinstance(sources.targets, list)
-    check_tools(config.projects, shards=is_shards and not is_video, video=is_video)
+    shards = len(config.images) == 1 and storage.exists(storage.join(config.images[0], MANIFEST))
+    check_tools(config.projects, shards, video=sources.frames_per_second is not None)
     clear(config)
     if sources.whole and needs_boxes(record):
         print(

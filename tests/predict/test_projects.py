@@ -289,6 +289,23 @@ def test_labelled_frames_of_a_video_are_packed(filmed, world, tmp_path):
         np.testing.assert_allclose(loaded.points, points[number], atol=1e-3)
 
 
+def test_frames_of_two_videos_of_the_same_name_are_told_apart(filmed, tmp_path):
+    import sleap_io as sio
+
+    skeleton = sio.Skeleton(["nose"])
+    frames = []
+    for number, folder in enumerate(("left", "right")):
+        (tmp_path / folder).mkdir()
+        writer = cv2.VideoWriter(str(tmp_path / folder / "cam.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 10, (64, 64))
+        writer.write(np.full((64, 64, 3), 60 + 120 * number, np.uint8))
+        writer.release()
+        video = sio.Video.from_filename(f"/elsewhere/{folder}/cam.mp4")
+        frames.append(sio.LabeledFrame(video, 0, [sio.Instance.from_numpy(np.array([[number, 5.0]]), skeleton)]))
+    sio.save_slp(sio.Labels(frames), str(tmp_path / "own.slp"), verbose=False)
+    found = [item.load() for item in interop.items(str(tmp_path), str(tmp_path / "own.slp"), 0.0)]
+    assert [(item.points[0, 0], round(float(item.image.mean()), -1)) for item in found] == [(0, 60), (1, 180)]
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["film.mp4", "--projects", "label-studio"], "no points in videos"),
     (["shards", "--projects", "cvat"], "shards hold no image files"),
