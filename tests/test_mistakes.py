@@ -49,9 +49,10 @@ def no_cluster(monkeypatch):
 
 def test_a_run_of_that_name_with_other_settings_is_refused_with_the_differences(command, capsys, tmp_path):
     corpus = open_corpus(str(tmp_path / "shards"))
-    claim(RunDirectory(str(tmp_path / "runs" / "x")), PRESETS["toy-cpu"][1], corpus)
-    text = refused(train.main, [*command, "--stage1.rounds", "3"], capsys)
-    assert "stage1.rounds: 4 -> 3" in text and "take another --name" in text
+    settings = PRESETS["toy-cpu"][1]
+    claim(RunDirectory(str(tmp_path / "runs" / "x")), settings, corpus)
+    text = refused(train.main, [*command, "--stage1.rounds", "7"], capsys)
+    assert f"stage1.rounds: {settings.stage1.rounds} -> 7" in text and "take another --name" in text
 
 
 def test_a_refused_run_takes_back_what_is_its_own(command, capsys, tmp_path, monkeypatch):

@@ -376,7 +376,7 @@ def _coco_images(path: str, entries: Sequence[dict[str, Any]], tally: Tally) -> 
     images: dict[str, dict[str, Any]] = {}
     names: dict[str, Any] = {}
     for entry in entries:
-        key, name = _key(entry["id"]), entry["file_name"]
+        key, name = _key(_identifier(entry["id"])), entry["file_name"]
         if entry["id"] is None:
             raise UserError(f"{path}: {name} has no image id")
         if not isinstance(name, str) or not name:
@@ -405,7 +405,21 @@ def _numbers(values: Any, what: str) -> np.ndarray:
 def _category(entry: dict[str, Any]) -> Category:
     points = entry.get("keypoints")
     names = tuple(map(str, points)) if isinstance(points, list) else ()
-    return Category(entry.get("id"), str(entry.get("name") or entry.get("id")), names)
+    identifier = _identifier(entry.get("id"))
+    return Category(identifier, str(entry.get("name") or identifier), names)
+
+
+def _identifier(value: Any) -> Id | None:
+    """An identifier of the file.
+
+    Raises:
+        TypeError: if it can't be one.
+    """
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if value is not None and not isinstance(value, int | str):
+        raise TypeError(f"an id is {json.dumps(value)[:60]}")
+    return value
 
 
 def _image_row(image: Mapping[str, Any], entry: Mapping[str, Any] | None = None) -> Row:
@@ -441,7 +455,7 @@ def _coco_row(
         box = (x, y, x + width, y + height) if numbers != [-1] * 4 else None
     category = next(iter(categories.values())) if len(categories) == 1 else None
     if (identifier := entry.get("category_id")) is not None:
-        category = categories.get(_key(identifier), Category(identifier, str(identifier)))
+        category = categories.get(_key(identifier), Category(_identifier(identifier), str(identifier)))
     if entry.get("keypoints"):
         triples = _numbers(entry["keypoints"], f"{path}: {name}: keypoints")
         if triples.size % 3 or (category is not None and 0 < triples.size == 2 * len(category.points)):

@@ -74,12 +74,16 @@ def same_name(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def pictures_in(folder: str) -> Listing:
+def pictures_in(folder: str, or_none: bool = False) -> Listing:
     """The pictures in a folder and in all folders in it.
 
     Left out are: what operating systems put there, and hidden files; runs and predictions of this program, and
     MLflow's artifacts; links back to a folder around them, and folders that are reached a second time; what is no
     picture by its ending or its first bytes; what can't be read.
+
+    Args:
+        folder: where to look.
+        or_none: accept that there is none.
 
     Raises:
         UserError: if there is no such folder, or no picture in it.
@@ -90,7 +94,7 @@ def pictures_in(folder: str) -> Listing:
     listing = Listing()
     _search(root, listing)
     listing.names.sort()
-    if not listing.names:
+    if not listing.names and not or_none:
         listing.say()
         raise UserError(f"{folder}: no image in it (looked for {' '.join(IMAGE_SUFFIXES)}, in subfolders too)")
     return listing

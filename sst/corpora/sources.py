@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import storage
 from sst.corpora import bbcpose, celeba, folder, human36m, ls3d, packing, toy
-from sst.corpora.listing import pictures_in
 from sst.corpora.packing import Item
 from sst.corpora.validation import validate
 from sst.data.shards import MANIFEST, Manifest, ShardWriter
@@ -38,7 +37,11 @@ class Folder(Pack):
     """A folder of images, with or without annotations."""
 
     images: str = Field(description="Folder of images; subfolders are searched too.")
-    annotations: str | None = Field(None, description="CSV, or COCO keypoints (.json); points are for scoring only.")
+    annotations: str | None = Field(
+        None,
+        description="CSV, COCO keypoints (.json), or a project of DeepLabCut (config.yaml), SLEAP (.slp), Label Studio "
+        "(.json), CVAT (.xml) or NWB (.nwb); points are for scoring only.",
+    )
     category: str | None = Field(None, description="Category of the objects in --annotations, if several; or all.")
     size: int = Field(256, ge=16, description="Pixels that the longer side of the box is shrunk to, if longer.")
     test_share: float = Field(0.1, ge=0, lt=1, description="Share of test images among those without a split.")
@@ -129,7 +132,7 @@ def images_of(config: Source) -> tuple[Iterable[Item], str, str | None, int | No
     if isinstance(config, BbcPose):
         signers = bbcpose.items(config.root, config.every, config.annotations, detected=config.boxes == "detector")
         return signers, "bbcpose", None, config.size
-    listing = pictures_in(config.images)
+    listing = folder.pictures_of(config.images, config.annotations)
     listing.say()
     items = folder.items(
         config.images, listing.names, config.annotations, config.test_share, config.category, print_note

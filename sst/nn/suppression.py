@@ -135,7 +135,9 @@ def decode_landmarks(heat_BKHW: Tensor) -> tuple[Tensor, Tensor]:
     """
     confidence, index = heat_BKHW.flatten(2).float().max(2)
     width = heat_BKHW.shape[-1]
-    return refine(heat_BKHW, index % width, index // width), confidence
+    # Truncated, which is the same for what is not negative; // and % become operators that TensorRT may not know.
+    row = torch.div(index, width, rounding_mode="trunc")
+    return refine(heat_BKHW, index - row * width, row), confidence
 
 
 def decode_keypoints(heat_B1HW: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:

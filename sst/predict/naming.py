@@ -7,7 +7,7 @@ place; the more there are, the more the regression may say, and how much is sett
 Shape letters: N images, K landmarks, L named points. Points are (x, y) in pixels of a 256 px view.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated
@@ -19,8 +19,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
 
 from cluster import storage
+from sst.corpora import interop
 from sst.corpora.annotation_files import read_annotations
 from sst.corpora.annotations import Row, is_inside, place_annotations
+from sst.corpora.packing import UnusableImage
 from sst.corpora.pictures import white_level
 from sst.errors import UserError
 from sst.predict.predictor import Found, in_image, in_view, open_model, predict, white_of
@@ -266,7 +268,8 @@ class Name(BaseModel):
     model: Annotated[str, tyro.conf.Positional]
     """Run directory of `landmarks train`, or the model/ directory in it."""
     annotations: str
-    """COCO keypoints (.json), or CSV (file, x0, y0, x1, y1, ...); boxes in it are used as by `landmarks pack`."""
+    """COCO keypoints (.json), CSV (file, x0, y0, x1, y1, ...), or a project of DeepLabCut (config.yaml), SLEAP (.slp),
+    Label Studio (.json), CVAT (.xml) or NWB (.nwb); boxes in it are used as by `landmarks pack`."""
     images: str | None = None
     """Folder of the images; by default the one that the annotation file lies in."""
     category: str | None = None
@@ -283,10 +286,15 @@ def annotated_examples(config: Name) -> tuple[Examples, list[str], str, str]:
         UserError: if nothing is annotated, or an image is missing or unreadable.
     """
     model, record, place = open_model(config.model)
-    rows, names = annotated_rows(config)
-    root = Path(config.images or Path(config.annotations).parent)
-    white = white_of(record) or white_level(root / row.file for row in rows)
-    targets = [Target(row.file, root / row.file, row.box, white=white) for row in rows]
+    rows, names, frames = annotated_rows(config)
+    root = folder_of(config)
+    white = white_of(record) or white_level(root / row.file for row in rows if row.file not in frames)
+    targets = (
+        Target(row.file, _frame(config, row.file, frames[row.file]), row.box)
+        if row.file in frames
+        else Target(row.file, root / row.file, row.box, white=white)
+        for row in rows
+    )
     results = predict(model, record.network.input_size, targets)
     points, confidence, wanted = [], [], []
     for row, found in zip(rows, with_progress(results, "finding landmarks", len(rows)), strict=True):
@@ -300,28 +308,54 @@ def annotated_examples(config: Name) -> tuple[Examples, list[str], str, str]:
     return Examples(np.stack(points), np.stack(confidence), np.stack(wanted)), names, place, record.weights
 
 
-def annotated_rows(config: Name) -> tuple[list[Row], list[str]]:
-    """Objects with at least one annotated point, and the points' names; what is odd about the file is printed.
+def folder_of(config: Name) -> Path:
+    """Where the images are."""
+    given = Path(config.annotations)
+    return Path(config.images or (given if given.is_dir() else given.parent))
+
+
+def annotated_rows(config: Name) -> tuple[list[Row], list[str], Mapping[str, Callable[[], np.ndarray]]]:
+    """Objects with at least one annotated point, the points' names, and frames of videos by the rows' `file`.
+
+    What is odd about the annotations is printed.
 
     Raises:
         UserError: if nothing is annotated, or an image is missing.
     """
-    read = read_annotations(config.annotations, config.category)
-    rows = tuple(row for row in read.rows if row.points is not None and np.isfinite(row.points).all(-1).any())
+    root = folder_of(config)
+    frames: Mapping[str, Callable[[], np.ndarray]] = {}
+    if interop.is_project(config.annotations):
+        project = interop.annotated(config.annotations, root, category=config.category)
+        read, frames = project.annotations, project.frames
+    else:
+        read = read_annotations(config.annotations, config.category)
+    rows = [row for row in read.rows if _has_points(row)]
     if not rows:
         raise UserError(f"{config.annotations}: no annotated points in it; annotate a handful of images")
-    root = Path(config.images or Path(config.annotations).parent)
-    files = {file: root / file for row in rows if (file := _file_below(root, row.file)) is not None}
-    if missing := [row.file for row in rows if _file_below(root, row.file) is None]:
+    still = tuple(row for row in rows if row.file not in frames)
+    files = {file: root / file for row in still if (file := _file_below(root, row.file)) is not None}
+    if missing := [row.file for row in still if _file_below(root, row.file) is None]:
         raise UserError(
             f"{config.annotations}: {len(missing)} of {len(rows)} annotated images are not in {root}: "
             f"{', '.join(missing[:5])}; say where they are by --images"
         )
-    placed = place_annotations(replace(read, rows=rows), files, f"in {root}")
+    placed = place_annotations(replace(read, rows=still), files, f"in {root}")
     for note in placed.notes:
         print(f"note: {config.annotations}: {note}")
-    rows = tuple(row for row in placed.rows if row.points is not None and np.isfinite(row.points).all(-1).any())
-    return list(rows), list(placed.point_names)
+    rows = [row for row in (*placed.rows, *(row for row in rows if row.file in frames)) if _has_points(row)]
+    return rows, list(placed.point_names), frames
+
+
+def _has_points(row: Row) -> bool:
+    return row.points is not None and bool(np.isfinite(row.points).all(-1).any())
+
+
+def _frame(config: Name, file: str, read: Callable[[], np.ndarray]) -> np.ndarray:
+    """A frame of a video, read when it is needed."""
+    try:
+        return read()
+    except UnusableImage as error:
+        raise UserError(f"{file}: {error}; mend it or take it out of {config.annotations}") from error
 
 
 def _file_below(root: Path, name: str) -> str | None:

@@ -18,11 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import storage
 from sst.corpora.listing import shown
+from sst.data.shards import MANIFEST
 from sst.errors import UserError
 from sst.outputs import Outputs, refuse_overlap
 from sst.predict.naming import NamedPoints, load_names
 from sst.predict.overlay import draw_landmarks
 from sst.predict.predictor import Found, Unreadable, needs_boxes, open_model, predict, white_of
+from sst.predict.projects import FILES, Media, Tool, check_tools, project_files
 from sst.predict.sources import find_sources
 from sst.predict.tables import Rows, as_coco, as_csv
 from sst.progress import with_progress
@@ -30,7 +32,10 @@ from sst.progress import with_progress
 STEM_BYTES = 200
 """Bytes of an image's name that a picture's name takes up; file systems permit 255 in all."""
 
-OUTPUTS = ("predictions.json", "predictions.csv", "named.json", "named.csv", "pictures", "named_pictures", "video.mp4")
+OUTPUTS = (
+    *("predictions.json", "predictions.csv", "named.json", "named.csv", "pictures", "named_pictures", "video.mp4"),
+    *FILES,
+)
 
 
 class Predict(BaseModel):
@@ -52,6 +57,8 @@ class Predict(BaseModel):
     """Confidence from which a landmark counts as visible, instead of the model's own."""
     pictures: Annotated[int, Field(ge=0)] = 200
     """At most so many pictures are drawn; every frame of a video is."""
+    projects: tuple[Tool, ...] = ()
+    """Annotation tools that the predictions are also written for; the named points, where there are names."""
     overwrite: bool = False
     """Replace earlier predictions in --out."""
 
@@ -128,10 +135,13 @@ class Collected:
     found: list[Found] = field(default_factory=list)
     unreadable: list[Unreadable] = field(default_factory=list)
     named: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
 
     def add(self, result: Found, pictures: Pictures) -> None:
         """Keeps an image's points, and draws them while pictures are wanted."""
         self.found.append(result.without_picture())
+        if isinstance(result.target.source, Path):
+            self.files.append(result.target.source)
         drawings = [("pictures", result.points, result.confidence, [str(k) for k in range(len(result.points))])]
         if self.names is not None:
             points, confidence = self.names.on_image(result.points, result.confidence, result.box)
@@ -175,6 +185,8 @@ def write_predictions(config: Predict) -> None:
     refuse_overlap(config.out, inputs | {"--boxes": config.boxes, "the model": place})
     outputs = Outputs(config.out, "predict", config.overwrite, OUTPUTS)
     sources = find_sources(config.images, config.boxes, config.category, white_of(record))
+    shards = len(config.images) == 1 and storage.exists(storage.join(config.images[0], MANIFEST))
+    check_tools(config.projects, shards, video=sources.frames_per_second is not None)
     told = len(sources.notes)
     for note in sources.notes:
         print(f"note: {note}")
@@ -199,6 +211,11 @@ def write_predictions(config: Predict) -> None:
         for name, table in tables.items():
             outputs.write(f"{name}.csv", as_csv(table).encode())
             outputs.write(f"{name}.json", storage.as_json(as_coco(table, collected.unreadable)))
+        video = Path(config.images[0]) if sources.frames_per_second is not None else None
+        media = Media(collected.files, video, sources.frames_per_second)
+        for tool in config.projects:
+            for name, data in project_files(tool, tables.get("named", tables["predictions"]), media):
+                outputs.write(name, data)
     say(config, tables["predictions"], collected)
 
 

@@ -18,7 +18,6 @@ from rich.table import Table
 from cluster import storage
 from sst.config import TrainSettings, differences
 from sst.corpora import folder
-from sst.corpora.listing import pictures_in
 from sst.corpora.sources import Folder, pack_source
 from sst.data.corpus import Corpus, open_corpus
 from sst.data.shards import MANIFEST
@@ -197,7 +196,7 @@ def pack_own(command: OwnCommand, run: RunDirectory) -> None:
     refuse_overlap(
         run.url, {"the folder": command.images, "--annotations": command.annotations}, "the run (--runs and --name)"
     )
-    names = pictures_in(command.images).names
+    names = folder.pictures_of(command.images, command.annotations).names
     items = folder.items(command.images, names, command.annotations, category=command.category)
     choose(sum(item.split == "train" for item in items), command.landmarks, this_machine())  # before any work
     data = look(command.images, names, command.annotations)
@@ -226,7 +225,8 @@ def check_unchanged(command: OwnCommand, run: RunDirectory) -> None:
         print(f"note: {command.images} is gone; {run.url} goes on with what it packed", file=sys.stderr)
         return
     before = OwnData.model_validate(storage.read_json(run.packed_url))
-    now = look(command.images, pictures_in(command.images).names, command.annotations, before)
+    names = folder.pictures_of(command.images, command.annotations).names
+    now = look(command.images, names, command.annotations, before)
     if said := changes(before, now):
         raise UserError(
             f"{command.images} is not what {run.url} was begun with: {'; '.join(said)}. The run knows only what it "

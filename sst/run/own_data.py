@@ -1,11 +1,13 @@
 """What `train own` packed: so that the same command, given later, knows whether pictures or boxes have changed."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from sst.corpora.listing import content_of, shown
+from sst.corpora.projects import files_of
 
 
 class FileRecord(BaseModel):
@@ -19,7 +21,7 @@ class FileRecord(BaseModel):
 
 
 class OwnData(BaseModel):
-    """Pictures by their name in the folder, and the annotation file where there is one."""
+    """Pictures by their name in the folder, and the annotation file or files where there are any."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -33,12 +35,21 @@ def look(images: str, names: Sequence[str], annotations: str | None, before: Own
     Args:
         images: the folder.
         names: of the pictures in it.
-        annotations: the annotation file.
+        annotations: the annotation file, or the project of an annotation tool.
         before: as it was earlier; files of the same size and time are not read again.
     """
     known = before.pictures if before else {}
     pictures = {shown(name): _record(Path(images, name), known.get(shown(name))) for name in names}
-    return OwnData(pictures=pictures, annotations=_record(Path(annotations), None) if annotations else None)
+    return OwnData(pictures=pictures, annotations=_together(files_of(annotations)) if annotations else None)
+
+
+def _together(paths: Sequence[Path]) -> FileRecord:
+    """Several files as one."""
+    each = [_record(path, None) for path in paths]
+    if len(each) == 1:
+        return each[0]
+    digest = hashlib.sha256(" ".join(record.sha256 for record in each).encode()).hexdigest()
+    return FileRecord(size=sum(r.size for r in each), changed=max(r.changed for r in each), sha256=digest)
 
 
 def _record(path: Path, before: FileRecord | None) -> FileRecord:

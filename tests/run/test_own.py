@@ -284,6 +284,25 @@ def test_pictures_or_boxes_that_changed_are_named_with_what_to_do(folder, starte
     assert "is gone" in capsys.readouterr().err and len(started) == 5
 
 
+def test_points_that_changed_in_a_project_of_several_files_are_noticed(folder, started, capsys):
+    project = folder.parent / "project"
+    table = project / "labeled-data" / "day1" / "CollectedData_Ada.csv"
+    table.parent.mkdir(parents=True)
+    (project / "config.yaml").write_text("scorer: Ada\n")
+    head = "scorer,Ada,Ada\nbodyparts,nose,nose\ncoords,x,y\n"
+    table.write_text(head + "labeled-data/day1/1.jpg,20,30\n")
+    for place in (project, project / "config.yaml"):
+        words = ["--annotations", str(place), "--name", place.name[:6]]
+        own(folder, *words)
+        earlier = table.read_text()
+        table.write_text(head + "labeled-data/day1/1.jpg,20,31\n")
+        refused(folder, *words)
+        assert "--annotations is another one" in capsys.readouterr().err
+        table.write_text(earlier)
+        own(folder, *words)
+    assert len(started) == 4
+
+
 def test_the_run_of_a_folder_lies_outside_of_it(folder, started, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
