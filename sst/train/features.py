@@ -141,7 +141,8 @@ def strongest(scores_hw: Tensor, side: int, cell: float, number: int) -> np.ndar
     place = peaks[order].cpu().numpy()
     scale = np.array([side / width, side / scores.shape[0]])
     points = (np.stack([place % width, place // width], 1) + 0.5) * scale - 0.5
-    return points[apart(points.tolist(), cell)[:number]].astype(np.float32)
+    kept: np.ndarray = points[apart(points.tolist(), cell)[:number]].astype(np.float32)
+    return kept
 
 
 def load_features(settings: KeypointSettings, sift: RootSift) -> KeypointDetector:
@@ -302,6 +303,8 @@ def mapped(model: Any, mean: tuple[float, ...], deviation: tuple[float, ...], si
         last = model(pixel_values=(views - centre) / spread).last_hidden_state
         if last.dim() == 3:
             # Tokens of the whole image, such as the class token and registers, come before those of the patches.
+            if patch is None:
+                raise ValueError("gave tokens, and its configuration has no patch_size")
             cells = scaled // (patch if isinstance(patch, int) else patch[0])
             last = last[:, -(cells**2) :].transpose(1, 2).unflatten(2, (cells, cells))
         return None, last
