@@ -175,7 +175,8 @@ def evaluate_run(config: Run) -> dict[str, tuple[float, Scores | None]]:
     annotated = AnnotatedImages.of(corpus)
     if annotated is None:
         raise UserError(
-            f"{corpus.url} has fewer than {MIN_TRAIN} annotated training images, or no annotated test image, so nothing can be scored"
+            f"{corpus.url} has fewer than {MIN_TRAIN} annotated training images, or no annotated test image, "
+            "so nothing can be scored"
         )
     settings = TrainSettings.model_validate(given["settings"])
     first = score_first_keypoints(run, corpus, annotated, settings)
