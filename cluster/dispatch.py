@@ -26,15 +26,19 @@ class RayMap:
     the training workers wait, but Ray still counts their CPUs as taken.
     """
 
-    def __init__(self, num_cpus: float, progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(
+        self, num_cpus: float, progress: Callable[[int, int], None] | None = None, num_gpus: float = 0.0
+    ) -> None:
         """Remembers what a task takes.
 
         Args:
             num_cpus: CPUs that Ray sets aside per task.
             progress: called with (done, total) whenever a shard is finished.
+            num_gpus: share of a GPU that Ray sets aside per task; without one a task sees no GPU.
         """
         self.num_cpus = num_cpus
         self.progress = progress
+        self.num_gpus = num_gpus
 
     def __call__(self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> list[T]:
         """See `ShardMap`.
@@ -44,7 +48,9 @@ class RayMap:
         """
         import ray
 
-        task = ray.remote(_call).options(num_cpus=self.num_cpus, max_retries=3, scheduling_strategy="SPREAD")
+        task = ray.remote(_call).options(
+            num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_retries=3, scheduling_strategy="SPREAD"
+        )
         window = max(2, int(ray.cluster_resources().get("CPU", 1)))
         results: dict[int, T] = {}
         running: dict[Any, int] = {}

@@ -18,8 +18,8 @@ PAGE = Path(__file__).with_name("reference.md")
 HEAD = """# Reference: settings and presets
 
 Made from the configuration models by `python -m docs.reference`. Each setting is an option of `landmarks train PRESET`:
-`stage1.round_iterations` is `--stage1.round-iterations`; only `keypoints.detector` is `--keypoints`, and
-`keypoints.superpoint.weights` is `--superpoint-weights`.
+`stage1.round_iterations` is `--stage1.round-iterations`; only `keypoints.detector` is `--keypoints`,
+`keypoints.superpoint.weights` is `--superpoint-weights`, `keypoints.features.model` is `--features-model`.
 Defaults are the published values; [fidelity.md](fidelity.md) says which are ours.
 """
 

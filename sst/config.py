@@ -81,14 +81,29 @@ class SuperPointSettings(Settings):
     """Half side, in pixels, of the squares around keypoints that must not overlap."""
 
 
+class FeatureSettings(Settings):
+    """A network of others as the source of first keypoints."""
+
+    model: Annotated[str | None, tyro.conf.arg(name="features-model", prefix_name=False)] = None
+    """For transformers: folder, or id on the hub, from where the library fetches it, such as facebook/dinov2-small. For
+    export: file or URL of a program of torch.export, which is code: take only files that you trust."""
+    side: Positive = 448
+    """Side, in pixels, at which a model of transformers sees the view: more is finer and slower. For models that divide
+    it into patches, a multiple of their size."""
+
+
 class KeypointSettings(Settings):
     """First keypoints (stage 0)."""
 
-    detector: Annotated[Literal["rootsift", "superpoint"], tyro.conf.arg(name="keypoints", prefix_name=False)] = (
-        "rootsift"
-    )
-    """Upright RootSIFT needs no download; superpoint is the published choice and needs a file of weights."""
+    detector: Annotated[
+        Literal["rootsift", "superpoint", "transformers", "export"],
+        tyro.conf.arg(name="keypoints", prefix_name=False),
+    ] = "rootsift"
+    """Upright RootSIFT needs no download; superpoint is the published choice and needs a file of weights; transformers
+    takes a model of Hugging Face (extra `features`), and export a program of torch.export, each by `--features-model`.
+    Where these have features but no keypoints, the features are read at SIFT's points."""
     superpoint: SuperPointSettings = SuperPointSettings()
+    features: FeatureSettings = FeatureSettings()
     patch: Rate = 28.0
     """Size of the upright RootSIFT descriptor, in pixels of a 256 px view."""
     max_num_keypoints: Positive = 60

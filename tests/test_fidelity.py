@@ -117,6 +117,8 @@ NOT_PUBLISHED = {
     "resources",
     "keypoints.detector",
     "keypoints.superpoint.weights",
+    "keypoints.features.model",
+    "keypoints.features.side",
     "keypoints.patch",
     "keypoints.max_num_keypoints",
     "cluster.backend",

@@ -229,6 +229,8 @@ MISTAKES = [
     ("train", TRAIN + "{}/shards --stage1.warmup-iterations 0", "stage1.rounds needs stage1.warmup_iterations above 0"),
     ("train", TRAIN + "{}/shards --keypoints superpoint", "superpoint"),
     ("train", TRAIN + "{}/shards --keypoints superpoint --superpoint-weights {}/none.pth", "none.pth"),
+    ("train", TRAIN + "{}/shards --keypoints export --features-model {}/none.pt2", "none.pt2: can't read the program"),
+    ("train", TRAIN + "{}/shards --keypoints surf", "rootsift"),
     ("train", TRAIN + "{}/shards --resources.workers 512 --stage1.pairs 1024 --stage2.batch 512", "512 workers"),
     ("train", TRAIN + "{}/none", "none: no such directory, so this is not a (complete) corpus; build the corpus again"),
     ("train", TRAIN + "{}/a_file", "a_file: a file, not a directory of shards"),

@@ -192,7 +192,7 @@ def _of_number(landmarks: int, wanted: int) -> list[Warned]:
 def _of_rounds(rounds: Sequence[Mapping[str, Any]]) -> list[Warned]:
     """Warns of labels that grew fewer or did not settle in stage 1."""
     found = []
-    labels = [entry["labels_per_image"] for entry in rounds if entry["made_by"] != "merge"]
+    labels = [entry["labels_per_image"] for entry in rounds if entry["made_by"] in ("keypoints", "correspondence")]
     if len(labels) > 1 and labels[-1] < LABELS_FELL * labels[0]:
         found.append(
             Warned(

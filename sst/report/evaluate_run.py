@@ -16,7 +16,7 @@ from sst.data.corpus import Corpus, open_corpus
 from sst.data.shards import ShardInfo, read_shard
 from sst.errors import UserError
 from sst.nn.geometry import SCORING_SIZE, STRIDE, box_to_view, transform_points
-from sst.report.evaluation import PROTOCOLS, Scores, constant_guess, evaluate, percent
+from sst.report.evaluation import MIN_TRAIN, PROTOCOLS, Scores, constant_guess, evaluate, percent
 from sst.train.extraction import first_keypoints
 from sst.train.keypoints import generic_detector
 from sst.train.model import load_model
@@ -42,7 +42,7 @@ class AnnotatedImages:
 
     @classmethod
     def of(cls, corpus: Corpus, *, training_only: bool = False) -> "AnnotatedImages | None":
-        """Reads the first 1,000 annotated training images and all annotated test images; None where there are none.
+        """Reads the first 1,000 annotated training images and all annotated test images; None where there are too few.
 
         Args:
             corpus: what to read.
@@ -66,7 +66,8 @@ class AnnotatedImages:
                     points.append(transform_points(matrix, np.array(sample.meta.points, np.float64)))
                     tests.append(shard.split == "test")
             rows.append((shard, np.array(numbers, np.int64)))
-        if not points or all(tests) or not (training_only or any(tests)):
+        trained = len(tests) - sum(tests)
+        if not trained or not (training_only or (any(tests) and trained >= MIN_TRAIN)):
             return None
         if len({len(p) for p in points}) > 1:
             raise ValueError("annotated images have different numbers of points, so they cannot be scored together")
@@ -173,7 +174,10 @@ def evaluate_run(config: Run) -> dict[str, tuple[float, Scores | None]]:
         raise UserError(f"{error}; go on with the run by the `landmarks train` command that began it") from error
     annotated = AnnotatedImages.of(corpus)
     if annotated is None:
-        raise UserError(f"{corpus.url} has no annotated training and test images, so nothing can be scored")
+        raise UserError(
+            f"{corpus.url} has fewer than {MIN_TRAIN} annotated training images, or no annotated test image, "
+            "so nothing can be scored"
+        )
     settings = TrainSettings.model_validate(given["settings"])
     first = score_first_keypoints(run, corpus, annotated, settings)
     trained = score_run(run, corpus, annotated, model.visible if config.visible is None else config.visible)

@@ -116,7 +116,7 @@ def notes(scores: Scores | None) -> list[str]:
     """What a reader must know beside the metrics."""
     said = []
     if scores is None:
-        said.append("The corpus has no annotations, so errors could not be computed; look at the pictures.")
+        said.append("The corpus has no annotations, or too few, so errors could not be computed; look at the pictures.")
     elif scores.landmarks_kept == 0:
         said.append("No landmark is visible in more than 80 % of the images, so none could be scored.")
     return said

@@ -1,6 +1,7 @@
 """Whether a run directory may be gone on with: the settings and data that it began with."""
 
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -73,9 +74,12 @@ def as_begun(run: RunDirectory, settings: TrainSettings) -> TrainSettings:
 
 
 def with_absolute_weights(settings: TrainSettings) -> TrainSettings:
-    """The settings with a file name that holds in any working directory."""
+    """The settings with file names that hold in any working directory."""
     keypoints = settings.keypoints
-    if keypoints.superpoint.weights is None:
-        return settings
-    superpoint = keypoints.superpoint.changed(weights=storage.absolute(keypoints.superpoint.weights))
-    return settings.changed(keypoints=keypoints.changed(superpoint=superpoint))
+    weights, model = keypoints.superpoint.weights, keypoints.features.model
+    if weights is not None:
+        keypoints = keypoints.changed(superpoint=keypoints.superpoint.changed(weights=storage.absolute(weights)))
+    # What is no folder here is a hub id.
+    if model is not None and (keypoints.detector == "export" or Path(model).is_dir()):
+        keypoints = keypoints.changed(features=keypoints.features.changed(model=storage.absolute(model)))
+    return settings.changed(keypoints=keypoints)

@@ -146,6 +146,6 @@ def print_outcome(outcome: Outcome, tracking: str) -> None:
         print(f"backward error  {percent(outcome.scores.backward)}")
         print(f"landmarks       {outcome.landmarks}, {outcome.scores.landmarks_kept} in over 80 % of the images")
     else:
-        print(f"landmarks       {outcome.landmarks}; the corpus has no annotations to score them with")
+        print(f"landmarks       {outcome.landmarks}; the corpus has no annotations, or too few, to score them with")
     print(f"report          {outcome.report}")
     print(f"MLflow          {Path(sys.executable).parent}/mlflow ui --backend-store-uri {redact(tracking)}")

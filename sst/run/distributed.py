@@ -41,6 +41,10 @@ MAX_TMPDIR = 40
 ALONE_GPUS = 0.6
 """Share of a GPU beside which there is no room for another of the same size."""
 
+DETECTOR_GPUS = 0.2
+"""Share of a GPU of a task that seeks first keypoints by a network: while four of them see images, none waits for one
+that reads and decodes, and k-means keeps its place."""
+
 
 def start_ray() -> list[Machine]:
     """Joins the cluster of `RAY_ADDRESS` or of the submitted job, or starts one on this machine.
@@ -203,9 +207,21 @@ def check_local_cpus(resources: ResourceSettings) -> None:
 
 
 def ray_tools(
-    settings: TrainSettings, actor: Any, log: Callable[[dict[str, Any]], None], what: str = "shards"
+    settings: TrainSettings,
+    actor: Any,
+    log: Callable[[dict[str, Any]], None],
+    what: str = "shards",
+    num_gpus: float = 0.0,
 ) -> Tools:
-    """Tools that run k-means in the actor and shards as tasks."""
+    """Tools that run k-means in the actor and shards as tasks.
+
+    Args:
+        settings: of the run.
+        actor: runs k-means.
+        log: takes one line of metrics.
+        what: which shards are shown as progress.
+        num_gpus: share of a GPU for each task that seeks first keypoints.
+    """
     import ray
 
     def fit(sample: Sample, asked: KMeansSettings) -> KMeansResult:
@@ -222,7 +238,18 @@ def ray_tools(
     def progress(done: int, total: int) -> None:
         log({"kind": "shards", "what": what, "done": done, "total": total})
 
-    return Tools(fit, RayMap(TASK_CPUS, progress), log)
+    return Tools(fit, RayMap(TASK_CPUS, progress), log, detect_on_shards=RayMap(TASK_CPUS, progress, num_gpus))
+
+
+def detector_gpus(settings: TrainSettings, gpu: bool) -> float:
+    """Share of a GPU for each task that seeks first keypoints: for networks, where k-means leaves room.
+
+    Args:
+        settings: of the run.
+        gpu: whether the workers, of whom there are none yet, train on GPUs.
+    """
+    room = kmeans_gpus(settings, alone=True) <= 1 - DETECTOR_GPUS
+    return DETECTOR_GPUS if gpu and room and settings.keypoints.detector != "rootsift" else 0.0
 
 
 def start_kmeans(settings: TrainSettings, gpu: bool, alone: bool = False) -> Any:

@@ -22,7 +22,6 @@ from cluster.outliers import outlier_scores
 from cluster.shards import Labels
 from sst.config import Stage2Settings, TrainSettings
 from sst.data.corpus import Corpus
-from sst.data.loader import decode_to_view
 from sst.data.shards import read_shard
 from sst.errors import UserError
 from sst.nn.network import DetectorDescriptor, LandmarkDetector
@@ -30,8 +29,8 @@ from sst.nn.optimizer import Update
 from sst.nn.precision import laid_out, obstacle_to_compiling
 from sst.nn.steps import random_batch, stage1_losses, stage2_losses
 from sst.run.placement import REST_GB, WORKER_GB, Machine
-from sst.train.extraction import extract_descriptors, predict_shard
-from sst.train.keypoints import VIEW, generic_detector
+from sst.train.extraction import extract_descriptors, keypoints_of, predict_shard
+from sst.train.keypoints import generic_detector
 from sst.train.schedule import plan
 
 MIN_ROUND = 150
@@ -300,8 +299,7 @@ def keypoint_seconds(settings: TrainSettings, corpus: Corpus) -> float:
     reference = rng.normal(size=(settings.keypoints.outlier_reference, detector.descriptor_size)).astype(np.float32)
     samples = list(islice(read_shard(f"{corpus.url}/{shard.file}", shard.sha256), KEYPOINT_IMAGES))
     started = time.perf_counter()
-    for sample in samples:
-        _, described = detector(decode_to_view(sample, VIEW)[0])
+    for _, described, _ in keypoints_of(samples, detector, settings.keypoints.remove_background):
         if len(described):
             outlier_scores(described, reference, neighbours=settings.keypoints.outlier_neighbours)
     return (time.perf_counter() - started) / len(samples)

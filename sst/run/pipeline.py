@@ -24,6 +24,7 @@ from sst.run.console import Show
 from sst.run.distributed import (
     beside_workers,
     check_local_cpus,
+    detector_gpus,
     joins_cluster,
     kmeans_backend,
     ray_tools,
@@ -112,7 +113,7 @@ def tracked_run(
             metrics = MetricsFile(run.url)
             show.say(describe(corpus, placed, kmeans_backend(actor, settings, metrics.write)))
             try:
-                tools = ray_tools(settings, actor, metrics.write, "keypoints")
+                tools = ray_tools(settings, actor, metrics.write, "keypoints", detector_gpus(settings, gpu))
                 if keypoints is not None:
                     share_keypoints(settings, corpus, keypoints, tools)
                 make_first_round(settings, corpus, run, tools, keypoints)

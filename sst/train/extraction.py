@@ -1,8 +1,9 @@
 """Plain functions of one shard: what the network sees on all its images, in the shard's order."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 BATCH = 64
 """Images per forward pass without gradients."""
 
+KEYPOINT_BATCH = 16
+"""Images whose first keypoints are sought at once: a network of others, at 448 px, takes some tens of MB for each."""
+
 
 def first_keypoints(
     corpus: str, shard: ShardInfo, detector: KeypointDetector, input_size: int, *, background: bool = False
@@ -52,17 +56,14 @@ def first_keypoints(
 
     cv2.setNumThreads(1)  # a shard is a task, and there are as many tasks as cores
     points, descriptors, inside, counts = [], [], [], [0]
-    for sample in read_shard(f"{corpus}/{shard.file}", shard.sha256):
-        try:
-            found, described, on_object = _keypoints(sample, detector, background)
-        except ValueError as error:  # an image that can't be decoded has no keypoints
-            logger.warning("left out: %s", error)
-            found, described, on_object = np.zeros((0, 2)), np.zeros((0, detector.descriptor_size)), np.zeros(0, bool)
-        kept = np.ones(len(found), bool) if background else on_object
-        points.append(found[kept] * (input_size / VIEW / STRIDE))
-        descriptors.append(described[kept].astype(np.float16))
-        inside.append(on_object[kept])
-        counts.append(int(kept.sum()))
+    samples = read_shard(f"{corpus}/{shard.file}", shard.sha256)
+    for group in iter(lambda: list(islice(samples, KEYPOINT_BATCH)), []):
+        for found, described, on_object in keypoints_of(group, detector, background):
+            kept = np.ones(len(found), bool) if background else on_object
+            points.append(found[kept] * (input_size / VIEW / STRIDE))
+            descriptors.append(described[kept].astype(np.float16))
+            inside.append(on_object[kept])
+            counts.append(int(kept.sum()))
     empty = np.zeros((0, 2), np.float32), np.zeros((0, detector.descriptor_size), np.float16)
     keypoints = Descriptors(
         np.cumsum(counts, dtype=np.int64),
@@ -72,32 +73,46 @@ def first_keypoints(
     return keypoints, np.concatenate([np.zeros(0, bool), *inside])
 
 
-def _keypoints(
-    sample: RawSample, detector: KeypointDetector, background: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Keypoints of one image in pixels of the view at `VIEW`, their descriptors, and which lie on the object."""
+def keypoints_of(
+    samples: Sequence[RawSample], detector: KeypointDetector, background: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Keypoints of images in pixels of the view at `VIEW`, their descriptors, and which lie on the object.
+
+    An image that can't be decoded has none.
+    """
+    shown = [_shown(sample, detector.sees_view, background) for sample in samples]
+    every = iter(detector([image for image, _ in shown if image is not None]))
+    for sample, (image, to_view) in zip(samples, shown, strict=True):
+        if image is None:
+            yield np.zeros((0, 2)), np.zeros((0, detector.descriptor_size)), np.zeros(0, bool)
+            continue
+        found, described = next(every)
+        found = transform_points(to_view, found).astype(np.float32)
+        inside = np.asarray(((found >= 0) & (found <= VIEW - 1)).all(axis=1))
+        if sample.meta.object_box is not None:
+            stored_to_view = box_to_view(np.array(sample.meta.box), VIEW)
+            low, high = transform_points(stored_to_view, np.array(sample.meta.object_box).reshape(2, 2))
+            inside &= ((found >= low) & (found <= high)).all(axis=1)
+        yield found, described, inside
+
+
+def _shown(sample: RawSample, sees_view: bool, background: bool) -> tuple[np.ndarray | None, np.ndarray]:
+    """What the detector is shown of an image, none if it can't be decoded; and the matrix from there to the view."""
     import cv2
 
-    box = np.array(sample.meta.box)
-    stored_to_view = box_to_view(box, VIEW)
-    if detector.sees_view:
+    try:
+        if not sees_view:
+            return decode(sample)[0], box_to_view(np.array(sample.meta.box), VIEW)
         image, to_view = decode_to_view(sample, VIEW)
-        margin = VIEW // 2 if background else 0
-        side = VIEW + 2 * margin
-        to_canvas = np.array([[1.0, 0.0, margin], [0.0, 1.0, margin], [0.0, 0.0, 1.0]]) @ to_view
-        # Beyond the stored image its border goes on, so that no edge appears there.
-        canvas = cv2.warpAffine(image, to_canvas[:2], (side, side), borderMode=cv2.BORDER_REPLICATE)
-        found, described = detector(canvas)
-        found = found - np.float32(margin)
-    else:
-        image, _, _ = decode(sample)
-        found, described = detector(image)
-        found = transform_points(stored_to_view, found).astype(np.float32)
-    inside = np.asarray(((found >= 0) & (found <= VIEW - 1)).all(axis=1))
-    if sample.meta.object_box is not None:
-        low, high = transform_points(stored_to_view, np.array(sample.meta.object_box).reshape(2, 2))
-        inside &= ((found >= low) & (found <= high)).all(axis=1)
-    return found, described, inside
+    except ValueError as error:
+        logger.warning("left out: %s", error)
+        return None, np.eye(3)
+    margin = VIEW // 2 if background else 0
+    side = VIEW + 2 * margin
+    to_canvas = np.array([[1.0, 0.0, margin], [0.0, 1.0, margin], [0.0, 0.0, 1.0]]) @ to_view
+    # Beyond the stored image its border goes on, so that no edge appears there.
+    canvas = cv2.warpAffine(image, to_canvas[:2], (side, side), borderMode=cv2.BORDER_REPLICATE)
+    return canvas, np.array([[1.0, 0.0, -margin], [0.0, 1.0, -margin], [0.0, 0.0, 1.0]])
 
 
 @torch.inference_mode()

@@ -113,7 +113,9 @@ def find_keypoints(settings: TrainSettings, corpus: Corpus, folder: str, tools: 
         return KeypointsRecord.model_validate(storage.read_json(done))
     started, shards, run_on_shards = time.monotonic(), corpus.train, tools.run_on_shards
     raw, seed = storage.join(folder, "raw"), derived_seed(settings.seed, ROUND_SEED, 0)
-    found = run_on_shards(detect_shard, [(corpus.url, shard, shard_url(raw, shard.file), settings) for shard in shards])
+    found = tools.detect_on_shards(
+        detect_shard, [(corpus.url, shard, shard_url(raw, shard.file), settings) for shard in shards]
+    )
     if sum(found) == 0:
         raise ValueError(f"no keypoint was found on any of the {sum(s.samples for s in shards)} training images")
     detected = time.monotonic()

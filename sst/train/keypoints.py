@@ -1,7 +1,8 @@
 """First keypoints: where training starts, before any network has learnt anything.
 
-A detector takes an image and returns points in its pixels and L2-normalised descriptors. The default, upright
-RootSIFT, needs no download and beats SuperPoint on small crops (docs/method.md).
+A detector takes images and returns points in their pixels and L2-normalised descriptors. The default, upright
+RootSIFT, needs no download and beats SuperPoint on small crops (docs/method.md). Others take a network that somebody
+trained (`sst.train.superpoint`, `sst.train.features`), on a GPU where this process has one.
 """
 
 from collections.abc import Sequence
@@ -25,9 +26,12 @@ pixels at full size, which takes seven times as long (34 ms of a core an image i
 the first labels are off by 16.3 instead of 17.5 % of the eye distance in the median, 17.5 instead of 17.6 in the
 mean."""
 
+Keypoints = tuple[np.ndarray, np.ndarray]
+"""Of one image: points float32 (N, 2) in its pixels, and descriptors float32 (N, D) of unit length; N may be 0."""
+
 
 class KeypointDetector(Protocol):
-    """Finds and describes generic keypoints."""
+    """Finds and describes generic keypoints: one function from images to points with descriptors."""
 
     @property
     def descriptor_size(self) -> int:
@@ -39,16 +43,33 @@ class KeypointDetector(Protocol):
         """Whether it is shown the box stretched to `VIEW` pixels, or else the stored image as it is."""
         ...
 
-    def __call__(self, image_HW3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, images: Sequence[np.ndarray]) -> list[Keypoints]:
         """Detects keypoints.
 
         Args:
-            image_HW3: uint8 RGB, sides of at least 8 px.
+            images: uint8 RGB (H, W, 3), sides of at least 8 px; of one size where it sees views.
 
         Returns:
-            Points float32 (N, 2), pixels of the image, and descriptors float32 (N, D) of unit length; N may be 0.
+            The keypoints of each.
         """
         ...
+
+
+def apart(points: Sequence[tuple[float, float]], cell: float) -> list[int]:
+    """Numbers of the points that no earlier one suppresses: those in neighbouring cells do.
+
+    Args:
+        points: (x, y), the strongest first.
+        cell: side of a cell, in the points' unit.
+    """
+    taken: set[tuple[int, int]] = set()
+    kept = []
+    for number, (x, y) in enumerate(points):
+        column, row = round(x / cell), round(y / cell)
+        if taken.isdisjoint(product(range(column - 1, column + 2), range(row - 1, row + 2))):
+            taken.add((column, row))
+            kept.append(number)
+    return kept
 
 
 @dataclass(frozen=True)
@@ -71,32 +92,35 @@ class RootSift:
     descriptor_size: int = 128
     sees_view: bool = True
 
-    def __call__(self, image_HW3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, images: Sequence[np.ndarray]) -> list[Keypoints]:
         """See `KeypointDetector`."""
+        return [self._described(image) for image in images]
+
+    def points(self, image_HW3: np.ndarray) -> np.ndarray:
+        """The points alone, float32 (N, 2), the strongest first."""
+        _, _, points = self._found(image_HW3)
+        return np.array(points, np.float32).reshape(-1, 2)
+
+    def _found(self, image_HW3: np.ndarray) -> tuple[cv2.SIFT, np.ndarray, list[tuple[float, float]]]:
+        """SIFT, the grey image, and the strongest points apart from each other. SIFT lists a place repeatedly."""
         # Without the precise way all points lie a quarter of a pixel too far right and down.
         sift = cv2.SIFT_create(enable_precise_upscale=True)  # type: ignore[attr-defined]
         grey = cv2.cvtColor(image_HW3, cv2.COLOR_RGB2GRAY)
         strongest = sorted(sift.detect(grey, None), key=lambda keypoint: -keypoint.response)
-        kept = self._apart(strongest)[: self.max_num_keypoints]
-        upright = [cv2.KeyPoint(k.pt[0], k.pt[1], self.patch, 0.0, 0.0, DESCRIBED_OCTAVE) for k in kept]
-        if not upright:
+        points = [(keypoint.pt[0], keypoint.pt[1]) for keypoint in strongest]
+        return sift, grey, [points[number] for number in apart(points, self.cell)[: self.max_num_keypoints]]
+
+    def _described(self, image_HW3: np.ndarray) -> Keypoints:
+        sift, grey, found = self._found(image_HW3)
+        if not found:
             return np.zeros((0, 2), np.float32), np.zeros((0, self.descriptor_size), np.float32)
-        upright, raw = sift.compute(grey, upright)
+        upright, raw = sift.compute(
+            grey, [cv2.KeyPoint(x, y, self.patch, 0.0, 0.0, DESCRIBED_OCTAVE) for x, y in found]
+        )
         points = np.array([keypoint.pt for keypoint in upright], np.float32).reshape(-1, 2)
         total = raw.sum(1, keepdims=True)
         described = total[:, 0] > 0
         return points[described], np.sqrt(raw[described] / total[described])
-
-    def _apart(self, strongest: Sequence[cv2.KeyPoint]) -> list[cv2.KeyPoint]:
-        """Those that no stronger one suppresses. SIFT also lists a place once per orientation and scale."""
-        taken: set[tuple[int, int]] = set()
-        kept = []
-        for keypoint in strongest:
-            column, row = round(keypoint.pt[0] / self.cell), round(keypoint.pt[1] / self.cell)
-            if taken.isdisjoint(product(range(column - 1, column + 2), range(row - 1, row + 2))):
-                taken.add((column, row))
-                kept.append(keypoint)
-        return kept
 
 
 def generic_detector(settings: KeypointSettings, input_size: int) -> KeypointDetector:
@@ -107,11 +131,16 @@ def generic_detector(settings: KeypointSettings, input_size: int) -> KeypointDet
         input_size: side of the network's view, which sets how near to each other first keypoints may lie.
 
     Raises:
-        UserError: if SuperPoint's weights are not given or not usable.
+        UserError: if the weights or the model that it needs are not given or not usable.
     """
+    points = RootSift(settings.patch, STRIDE * VIEW / input_size, settings.max_num_keypoints)
     if settings.detector == "rootsift":
-        return RootSift(settings.patch, STRIDE * VIEW / input_size, settings.max_num_keypoints)
-    from sst.train.superpoint import SuperPoint, load_superpoint
+        return points
+    if settings.detector == "superpoint":
+        from sst.train.superpoint import SuperPoint, load_superpoint
 
-    each = settings.superpoint
-    return SuperPoint(load_superpoint(each.weights), each.threshold, each.scales, each.nms_radius)
+        each = settings.superpoint
+        return SuperPoint(load_superpoint(each.weights), each.threshold, each.scales, each.nms_radius)
+    from sst.train.features import load_features
+
+    return load_features(settings, points)

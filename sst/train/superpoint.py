@@ -17,6 +17,7 @@ where the sides are no multiples of 8).
 """
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -105,7 +106,7 @@ def load_superpoint(path: str | None) -> SuperPointNetwork:
     network.load_state_dict(tensors)
     # Channels last saves half of the convolutions' time on a CPU.
     nn.utils.convert_conv2d_weight_memory_format(network, torch.channels_last)
-    return network.eval()
+    return network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _read_tensors(path: str) -> dict[str, Tensor]:
@@ -213,17 +214,15 @@ class SuperPoint:
             raise ValueError(f"scales {self.scales} must begin with 1 and have none below 1")
 
     @torch.inference_mode()
-    def __call__(self, image_HW3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `KeypointDetector`; the most confident point comes first.
+    def __call__(self, images: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """See `KeypointDetector`; the most confident point of an image comes first.
 
-        Args:
-            image_HW3: uint8 RGB, sides of at least 8 px.
-
-        Returns:
-            Points float32 (N, 2), pixels of the image, and descriptors float32 (N, D) of unit length; N may be 0.
+        One image and one scale after the other: a large image takes half a gigabyte per megapixel as it is.
         """
+        return [self._keypoints(image) for image in images]
+
+    def _keypoints(self, image_HW3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         grey = cv2.cvtColor(image_HW3, cv2.COLOR_RGB2GRAY)
-        # One scale after the other: a large image takes half a gigabyte per megapixel as it is.
         points, confidence, maps = zip(*(self._detect(grey, scale) for scale in self.scales), strict=True)
         united = np.concatenate(points)
         united = united[suppress_points(united, np.concatenate(confidence), self.nms_radius)]

@@ -18,9 +18,11 @@ class Tools:
         run_on_shards: runs a function per shard.
         log: takes one line of metrics.
         stop: whether the run is to end after a checkpoint.
+        detect_on_shards: runs the detector of first keypoints per shard, with a GPU where it takes one.
     """
 
     fit: Callable[[Sample, KMeansSettings], KMeansResult]
     run_on_shards: ShardMap = map_serially
     log: Callable[[dict[str, Any]], None] = lambda line: None
     stop: Callable[[], bool] = lambda: False
+    detect_on_shards: ShardMap = map_serially

@@ -11,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.shards import Labels
+from sst.data.corpus import Corpus
+from sst.report.evaluate_run import AnnotatedImages
 from sst.report.evaluation import PROTOCOLS, complete, constant_guess, evaluate
 from sst.train.consistency import coverage, equivariance_error, label_persistence
+from tests.small import write_toy
 
 FACES = Path(__file__).parents[3] / "shared" / "data" / "faces"
 
@@ -403,3 +406,10 @@ def test_coverage_is_the_share_of_what_recurs_that_a_visible_landmark_is_near():
     points = np.array([[[10.0, 25.0], [np.nan, np.nan]], [[80.0, 80.0], [50.0, 53.0]]])
     assert coverage(structure, points, 16.0) == pytest.approx(2 / 3)
     assert np.isnan(coverage(np.full((1, 1, 2), np.nan), points[:1], 16.0))
+
+
+@pytest.mark.parametrize(("train", "test", "scored"), [(9, 2, False), (10, 2, True), (10, 0, False)])
+def test_a_handful_of_annotated_images_is_not_scored_instead_of_ending_a_run(tmp_path, train, test, scored):
+    """As many as the regressions need; eight corrected predictions are what people bring first."""
+    write_toy(str(tmp_path), train=train, test=test)
+    assert (AnnotatedImages.of(Corpus.open(str(tmp_path))) is not None) == scored

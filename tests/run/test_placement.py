@@ -1,13 +1,16 @@
 """How many workers a run takes, and on what: a table of machines, laws, and Ray's own placing on declared GPUs."""
 
+import os
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.dispatch import RayMap
 from sst.config import ClusterSettings, ResourceSettings, TrainSettings
 from sst.errors import UserError
 from sst.presets import PRESETS
-from sst.run.distributed import kmeans_gpus, machine_of
+from sst.run.distributed import TASK_CPUS, detector_gpus, kmeans_gpus, machine_of
 from sst.run.placement import Machine, place, place_trial
 from sst.tune.sweep import room_for
 from tests.small import SETTINGS
@@ -160,6 +163,17 @@ def test_a_small_batch_bounds_what_auto_takes():
         auto.with_workers("3")
 
 
+def with_keypoints(settings: TrainSettings, detector: str) -> TrainSettings:
+    return settings.changed(keypoints=settings.keypoints.changed(detector=detector))
+
+
+def test_a_network_seeks_first_keypoints_on_a_gpu_where_kmeans_leaves_room():
+    network = with_keypoints(told(), "transformers")
+    assert 0 < detector_gpus(network, gpu=True) <= 1 - kmeans_gpus(network, alone=True)
+    assert detector_gpus(network, gpu=False) == detector_gpus(with_keypoints(told(), "rootsift"), gpu=True) == 0
+    assert detector_gpus(with_keypoints(told(kmeans_gpus=0.9), "transformers"), gpu=True) == 0
+
+
 def test_ray_places_workers_and_kmeans_on_the_gpus_that_are_there():
     """GPUs are declared, not there: two workers, an actor beside them, a pool before and among them."""
     import ray
@@ -188,6 +202,9 @@ def test_ray_places_workers_and_kmeans_on_the_gpus_that_are_there():
         for each in before:
             ray.kill(each)
         (actor,), _ = members(kmeans_gpus(alone, alone=False), 1)  # is there before the workers
+        share = detector_gpus(with_keypoints(alone, "superpoint"), gpu=True)
+        seen = RayMap(TASK_CPUS, num_gpus=share)(os.getenv, [("CUDA_VISIBLE_DEVICES",)] * 3)
+        assert set(seen) <= {"0", "1"}
         workers = [{"CPU": alone.resources.worker_cpus, "GPU": alone.resources.worker_gpus}] * 2
         group = placement_group(workers)
         assert group.wait(30)

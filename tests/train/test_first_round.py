@@ -165,7 +165,7 @@ def test_superpoint_sees_the_stored_image(scenes, weights):
     shard = scenes.train[0]
     keypoints, inside = first_keypoints(scenes.url, shard, detector, 64, background=True)
     sample = next(iter(read_shard(f"{scenes.url}/{shard.file}")))
-    stored, descriptors = detector(decode(sample)[0])
+    [(stored, descriptors)] = detector([decode(sample)[0]])
     points, own = keypoints.sample(0)
     np.testing.assert_allclose(points, (stored - sample.meta.box[:2]) / 8, atol=1e-4)
     np.testing.assert_allclose(own, descriptors, atol=1e-3)

@@ -21,7 +21,7 @@ def test_blobs_are_found_where_they_are(sigma):
     off = []
     for _ in range(12):
         place = rng.uniform(60, 190, 2)
-        points, _ = RootSift()(blob(*place, sigma))
+        [(points, _)] = RootSift()([blob(*place, sigma)])
         off += list(points[:1] - place)
     assert len(off) >= 5
     assert np.abs(np.mean(off, axis=0)).max() < 0.05
@@ -32,7 +32,7 @@ def test_blobs_are_found_where_they_are(sigma):
 @given(seed=st.integers(0, 2**32 - 1), cell=st.sampled_from([4.0, 256 * 4 / 96]))
 def test_no_first_keypoint_lies_in_a_cell_beside_another(seed, cell):
     noise = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8)
-    points, descriptors = RootSift(cell=cell)(np.kron(noise, np.ones((4, 4, 1), np.uint8)))
+    [(points, descriptors)] = RootSift(cell=cell)([np.kron(noise, np.ones((4, 4, 1), np.uint8))])
     assert 20 < len(points) == len(descriptors) <= 60
     cells = np.round(points / cell).astype(int)
     gap = np.abs(cells[:, None] - cells[None]).max(-1) + 9 * np.eye(len(cells), dtype=int)

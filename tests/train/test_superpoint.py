@@ -242,7 +242,7 @@ def test_a_point_of_a_magnified_copy_is_mapped_back_to_where_it_was(height, widt
     from_x, from_y = np.arange(width) - x, np.arange(height)[:, None] - y
     blob = 255 * np.exp(-(from_x**2 + from_y**2) / 8)
     view = np.repeat(np.round(blob).astype(np.uint8)[..., None], 3, axis=2)
-    points, descriptors = SuperPoint(Blobs(), threshold=1e-5, scales=(1.0, scale))(view)
+    [(points, descriptors)] = SuperPoint(Blobs(), threshold=1e-5, scales=(1.0, scale))([view])
     np.testing.assert_allclose(points, [[x, y]], atol=1e-3)
     np.testing.assert_allclose(np.linalg.norm(descriptors, axis=1), 1, atol=1e-6)
 
@@ -266,7 +266,7 @@ def test_scales_begin_with_that_of_the_descriptors(scales, network):
 def test_detector_equals_the_slow_one(network, weights, size):
     detector: KeypointDetector = SuperPoint(network)
     view = picture(*size)
-    points, descriptors = detector(view)
+    [(points, descriptors)] = detector([view])
     slow_points, slow_descriptors, brought, least = slow_superpoint(weights, view)
     # Every scale has points, and the union has neighbours to suppress: otherwise this would show little.
     assert min(brought[:3]) > 2 and 3 < brought[3] < sum(brought[:3]) and least < 0.15
@@ -278,13 +278,13 @@ def test_detector_equals_the_slow_one(network, weights, size):
 
 
 def test_smallest_image(network):
-    points, descriptors = SuperPoint(network, threshold=0.0)(picture(8, 8))
+    [(points, descriptors)] = SuperPoint(network, threshold=0.0)([picture(8, 8)])
     assert len(points) >= 1 and descriptors.shape == (len(points), 256)
     np.testing.assert_allclose(np.linalg.norm(descriptors, axis=1), 1, atol=1e-5)
 
 
 def test_no_point_is_an_empty_answer(network):
-    points, descriptors = SuperPoint(network, threshold=1.0)(picture(32, 24))
+    [(points, descriptors)] = SuperPoint(network, threshold=1.0)([picture(32, 24)])
     assert points.shape == (0, 2) and descriptors.shape == (0, 256)
     assert points.dtype == descriptors.dtype == np.float32
 
@@ -295,7 +295,7 @@ def test_points_without_a_usable_descriptor_are_dropped(weights, bias):
     network.load_state_dict(
         weights | {"convDb.weight": torch.zeros(256, 256, 1, 1), "convDb.bias": torch.full((256,), bias)}
     )
-    points, descriptors = SuperPoint(network)(picture(64, 80))
+    [(points, descriptors)] = SuperPoint(network)([picture(64, 80)])
     assert points.shape == (0, 2) and descriptors.shape == (0, 256)
 
 
@@ -325,7 +325,7 @@ def test_weights_of_every_kind_of_file(weights, tmp_path, name, save):
 
 def test_loaded_weights_find_the_same(weights, network, tmp_path):
     torch.save(weights, tmp_path / "w.pth")
-    ours, theirs = (SuperPoint(n)(picture(64, 80)) for n in (load_superpoint(str(tmp_path / "w.pth")), network))
+    ours, theirs = (SuperPoint(n)([picture(64, 80)])[0] for n in (load_superpoint(str(tmp_path / "w.pth")), network))
     np.testing.assert_allclose(ours[0], theirs[0], atol=1e-3)
     np.testing.assert_allclose(ours[1], theirs[1], atol=1e-4)
 
