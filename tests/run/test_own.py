@@ -70,7 +70,7 @@ def test_too_few_images_are_refused_with_what_the_method_needs():
 
 
 def test_the_estimate_for_the_measured_run_is_what_it_took():
-    """18.2 minutes for `faces-cpu` on two cores beside other work (README), from the medians of its steps and passes."""
+    """18.2 minutes for `faces-cpu` on two busy cores (README), from the medians of its own steps and passes."""
     seen = replace(SPEED, stage1=0.256, stage2=0.122, describe=0.0025, predict=0.0021, keypoints=0.030)
     minutes = expected_seconds(PRESETS["faces-cpu"][1], 3244, seen) / 60
     assert 0.85 < minutes / 18.2 < 1.15
