@@ -167,7 +167,7 @@ def test_short_runs_on_a_gpu_are_not_compiled(monkeypatch, tmp_path, capsys):
 def test_a_shorter_schedule_has_fewer_rounds_and_refinements_rather_than_tiny_ones():
     short = scaled(choose(3000, 20, LAPTOP), 0.4)
     assert short.stage1.rounds == 2 and short.stage1.round_iterations == 160
-    assert short.stage2.refine_rounds == 8 and short.stage2.refine_iterations == 150
+    assert short.stage2.refine_rounds == 4 and short.stage2.refine_iterations == 150
     least = scaled(choose(3000, 20, LAPTOP), 0.0)
     assert [(phase.stage, phase.steps) for phase in plan(least, 3000)] == [(1, 150), (1, 150), (2, 300), (2, 150)]
 
