@@ -9,9 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from cluster import storage
-from sst.errors import Terminated, UserError
+from sst.errors import Terminated, UserError, terminable
 from sst.run import lock
-from sst.run.interrupt import terminable
 from sst.run.lock import LockRecord, RunLock
 
 HOLD = """

@@ -47,7 +47,7 @@ def test_a_run_is_scored_pictured_and_tracked(undisturbed, folder):
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED" and run.info.run_name == "undisturbed"
     assert run.data.params["stage1.rounds"] == "2"
-    assert len(client.get_metric_history(run_id, "round/labels_per_image")) == 6
+    assert len(client.get_metric_history(run_id, "round/labels_per_image")) == 7
     assert run.data.metrics["step/images_per_second"] > 0
     assert {file.path for file in client.list_artifacts(run_id)} == {"figures", "model", "report.html", "rounds"}
     assert run.data.tags["version.torch"] == torch.__version__ and len(run.data.tags["manifest_sha256"]) == 64
