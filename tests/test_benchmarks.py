@@ -217,11 +217,11 @@ def test_an_ablation_names_what_failed_in_its_exit_code(tmp_path, capsys, monkey
         return ablation.Row(**row, forward=0.0512, backward=None, kept=9, seconds=60)
 
     monkeypatch.setattr(ablation, "train_apart", train_as_if)
-    given = ablation.Command(corpus=str(tmp_path / "shards"), drawings=0, only=("45 clusters",), out=tmp_path)
+    given = ablation.Command(corpus=str(tmp_path / "shards"), drawings=0, only=("mirrored views",), out=tmp_path)
     assert given.run() == 1 and replace(given, seeds=(0,)).run() == 0
-    table = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("| 45 clusters")]
-    assert table == ["| 45 clusters | 5.12 | none | 9 | 60 |".split()] * 2
-    with pytest.raises(UserError, match="no choice is called 'clusters'; there are half the warm-up, "):
+    table = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("| mirrored views")]
+    assert table == ["| mirrored views | 5.12 | none | 9 | 60 |".split()] * 2
+    with pytest.raises(UserError, match="no choice is called 'clusters'; there are squared error in stage 2, "):
         replace(given, only=("clusters",)).run()
     with pytest.raises(UserError, match="--corpus or some --drawings"):
         replace(given, corpus=None).run()
