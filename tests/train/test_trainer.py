@@ -145,7 +145,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_from_there(finished, corp
 
 def test_other_settings_do_not_take_over_a_checkpoint(finished, corpus):
     folder, _, _ = finished
-    other = SETTINGS.model_copy(update={"seed": 1})
+    other = SETTINGS.model_copy(update={"seed": 2})
     with pytest.raises(ValueError, match="other settings"):
         train_locally(corpus, str(folder), local_tools([]), other)
 
