@@ -22,7 +22,8 @@ def command(folder: Path, shards: Path, *more: str) -> list[str]:
     for name in ("--cluster.clusters", "--stage1.threshold"):
         at = tiny.index(name)
         del tiny[at : at + 2]
-    tiny += ["--register", "small"]
+    # With old labels a detector that finds nothing makes a weak trial; without them one that fails.
+    tiny += ["--register", "small", "--stage1.unite"]
     return [
         *(sys.executable, "-m", "jobs.tune", "toy-cpu", "--shards", str(shards), "--name", "sweep"),
         *("--runs", str(folder / "runs"), "--tracking", f"sqlite:///{folder}/mlflow.db", *tiny),
