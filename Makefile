@@ -19,7 +19,7 @@ install:
 $(INSTALLED): pyproject.toml constraints.txt
 	$(MAKE) install
 
-## Trains on the embedded corpus of drawings: about six minutes on two cores after set-up.
+## Trains on the embedded corpus of drawings: six to ten minutes on two cores after set-up.
 demo: $(INSTALLED)
 	$(BIN)/python -m jobs.demo
 

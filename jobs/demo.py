@@ -1,4 +1,4 @@
-"""Shows all of it on embedded drawings, in about six minutes."""
+"""Shows all of it on embedded drawings, in six to ten minutes."""
 
 from collections.abc import Sequence
 
