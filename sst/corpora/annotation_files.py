@@ -1,5 +1,6 @@
 """Reads annotation files: CSV under the column names that tools use, and COCO JSON."""
 
+import codecs
 import csv
 import io
 import json
@@ -28,7 +29,10 @@ def read_annotations(path: str, category: str | None = None) -> Annotations:
         UserError: if it is missing or unusable, or has several categories; the message names file and place.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        data = Path(path).read_bytes()
+        # Excel's "Unicode text" and PowerShell's redirection begin with the mark of UTF-16.
+        marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = data.decode("utf-16" if marked else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't read the annotations ({error}); expected CSV or COCO JSON in UTF-8") from error
     tally = Tally()
@@ -230,6 +234,8 @@ def parse_csv(path: str, text: str, tally: Tally) -> Annotations:
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
     lines = [(number, cells) for number, cells in lines if any(cells)]
+    if lines and lines[0][1][0].lower() == "sep=":  # by which Excel is told the separator
+        del lines[0]
     header = lines[0][1] if lines else []
     columns = understand(path, header)
     if len(lines) < 2:

@@ -28,7 +28,10 @@ LABEL_BYTES, PREDICTION_BYTES, PICTURES_BYTES = 20, 12, 50_000_000
 
 
 def check_kept(**places: str) -> None:
-    """In a submitted job, refuses to write to relative paths: they lie in a copy of the working directory that goes.
+    """Refuses to write where results would be lost.
+
+    That is an empty path, as an unset variable of the shell gives it: joined to names of files it is the root of the
+    file system. In a submitted job it is a relative path too: it lies in a copy of the working directory that goes.
 
     Args:
         places: option without its dashes, and the path or URL that it was given.
@@ -36,6 +39,8 @@ def check_kept(**places: str) -> None:
     Raises:
         UserError: naming the options.
     """
+    if empty := [f"--{option}" for option, place in places.items() if not place.strip()]:
+        raise UserError(f"{', '.join(empty)} is empty; give a directory or URL (is a variable of the shell unset?)")
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # which Ray sets for the command of a job
         return
     lost = [

@@ -103,6 +103,15 @@ def test_blanks_and_commas_of_other_countries_do_not_count(tmp_path, squares):
     assert boxes_of(placed(tmp_path / "a.csv", text, squares)) == WANTED
 
 
+def test_a_table_as_excel_saves_it(tmp_path, squares):
+    unicode_text = table("file\txmin\tymin\txmax\tymax", CORNERS, separator="\t").encode("utf-16")
+    (tmp_path / "a.txt").write_bytes(unicode_text)
+    found = place_annotations(read_annotations(str(tmp_path / "a.txt")), squares, "here")
+    assert boxes_of(found) == WANTED
+    text = "sep=;\n" + table("file;xmin;ymin;xmax;ymax", CORNERS, separator=";")
+    assert boxes_of(placed(tmp_path / "a.csv", text, squares)) == WANTED
+
+
 @pytest.mark.parametrize(
     ("header", "said"),
     [

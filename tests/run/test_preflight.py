@@ -165,6 +165,14 @@ def test_a_submitted_job_writes_nowhere_that_goes_away(monkeypatch):
     check_kept(tracking="http://mlflow:5000")
 
 
+def test_a_place_without_a_name_is_refused_as_it_would_be_the_root_of_the_file_system():
+    # `--out "$OUT"` where OUT is unset: joined to a file's name it is /model.onnx.
+    with pytest.raises(UserError, match="--out is empty"):
+        check_kept(out="", tracking="http://mlflow:5000")
+    with pytest.raises(UserError, match="--runs is empty"):
+        check_kept(runs=" ")
+
+
 @pytest.mark.parametrize(
     ("verb", "arguments"),
     [
