@@ -175,7 +175,12 @@ def augment(
     for rows in (slice(first, first + step) for first in range(0, count, step)):
         views[rows] = colours[rows](warp_images(image_BHW3[rows], matrix_B33[rows], size), generator)
     moved = transform(matrix_B33 @ invert_affine(to_view_B33), points_BN2 * STRIDE) / STRIDE
-    return views, moved, ((moved > -0.5) & (moved < size // STRIDE - 0.5)).all(-1)
+    return views, moved, inside_view(moved, size)
+
+
+def inside_view(points_BN2: Tensor, size: int) -> Tensor:
+    """Whether points, in heatmap units, lie in a cell of a view of that side; bool (B, N), False for NaN."""
+    return ((points_BN2 > -0.5) & (points_BN2 < size // STRIDE - 0.5)).all(-1)
 
 
 @dataclass(frozen=True)

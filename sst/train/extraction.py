@@ -25,6 +25,7 @@ from sst.nn.steps import Batch, describe, keypoint_maps
 from sst.nn.suppression import decode_keypoints, decode_landmarks
 from sst.nn.symmetry import mirror_matrix
 from sst.train.keypoints import VIEW, KeypointDetector
+from sst.train.refinement import agreed
 from sst.train.symmetry import Symmetry, find_symmetry
 
 logger = logging.getLogger(__name__)
@@ -248,7 +249,7 @@ def found_clusters(
 
     Args:
         model: stage-1 network, perhaps compiled.
-        batch: B images.
+        batch: B images, on the model's device.
         centroids: of the clusters.
         thresholds: squared distances below which a point counts.
         input_size: side S of the view.
@@ -256,7 +257,6 @@ def found_clusters(
         precision: see `sst.nn.precision`.
         warp_B33: by which the views are changed first; the points are then those of the changed ones.
     """
-    batch = batch.to(next(model.parameters()).device)
     heat, desc = keypoint_maps(model, batch, input_size, precision, warp_B33)
     image, points, _ = decode_keypoints(heat, threshold)
     result = np.full((len(batch.keys), len(centroids), 2), np.nan)
@@ -290,6 +290,29 @@ def predict_shard(
         warp_seed=warp_seed,
         mirrored=mirrored,
     )
+
+
+def agreed_answers(
+    model: nn.Module, corpus: Corpus, shard: ShardInfo, settings: TrainSettings, warp_seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A shard's landmarks where the network gives the same place on a randomly warped copy of the image.
+
+    Args:
+        model: stage-2 network, perhaps compiled.
+        corpus: of the shard.
+        shard: whose images are looked at.
+        settings: say how sure and how near both answers must be.
+        warp_seed: of the warps.
+
+    Returns:
+        From `sst.train.refinement.agreed`, float32 (N, K, 2), pixels of a 256 px view; and the distance of both answers
+        whether they count or not, (N, K).
+    """
+    two = settings.stage2
+    plain, warped = (predict_shard(model, corpus, shard, settings, warp_seed=seed) for seed in (None, warp_seed))
+    sure, again = (each.confidence >= two.refine_confidence for each in (plain, warped))
+    points = agreed(plain.points, sure, warped.points, again, two.refine_radius)
+    return points, np.linalg.norm(plain.points - warped.points, axis=-1)
 
 
 def shard_symmetry(

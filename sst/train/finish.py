@@ -13,9 +13,9 @@ from sst.data.shards import ShardInfo, read_shard
 from sst.nn.geometry import SCORING_SIZE, STRIDE
 from sst.nn.network import LandmarkDetector
 from sst.train.consistency import coverage, equivariance_error, repeatability
-from sst.train.extraction import BATCH, Predictions, predict_shard, shard_symmetry
+from sst.train.extraction import BATCH, Predictions, agreed_answers, predict_shard, shard_symmetry
 from sst.train.model import keep_landmarks, save_model
-from sst.train.refinement import agreed, agreement, points_of, spread_out
+from sst.train.refinement import agreement, points_of, spread_out
 from sst.train.run_directory import LandmarkRecord, RoundRecord, RunDirectory
 from sst.train.tools import Tools
 from sst.train.visibility import calibrated, logistic, trials
@@ -88,10 +88,8 @@ class Finisher:
         """Makes confidences the probability of being visible, by images of one shard; see `sst.train.visibility`."""
         found = np.ones(network.landmark.out.out_channels), np.zeros(network.landmark.out.out_channels)
         if self.group.rank == 0:
-            two, size, shard = self.settings.stage2, self.settings.network.input_size, self.corpus.train[0]
-            plain, again = (predict_shard(network, self.corpus, shard, self.settings, seed) for seed in (None, 1))
-            sure, still = (each.confidence >= two.refine_confidence for each in (plain, again))
-            points = agreed(plain.points, sure, again.points, still, two.refine_radius)
+            size, shard = self.settings.network.input_size, self.corpus.train[0]
+            points, _ = agreed_answers(network, self.corpus, shard, self.settings, warp_seed=1)
             tried = trials(
                 network,
                 shard_batches(self.corpus.url, shard, size, BATCH),
@@ -121,8 +119,7 @@ class Finisher:
         self.run.write_landmarks(record)
 
     def _metrics(self, network: LandmarkDetector, shard: ShardInfo, predicted: Predictions) -> dict[str, float]:
-        """What one shard tells without annotations: visibility, what of its images the boxes cover, equivariance,
-        coverage."""
+        """What one shard tells without annotations: what is visible, boxes cover, follows a warp and is covered."""
         first, second = warped_twice(network, self.corpus, shard, self.settings, predicted)
         error = equivariance_error(first, second, SCORING_SIZE)
         boxes = [sample.box_share for sample in read_shard(f"{self.corpus.url}/{shard.file}", shard.sha256)]

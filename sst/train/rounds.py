@@ -37,13 +37,14 @@ from sst.nn.symmetry import mirror_matrix
 from sst.train.checkpoint import weights_hash
 from sst.train.consistency import equivariance_error, label_persistence
 from sst.train.extraction import (
+    agreed_answers,
     extract_descriptors,
     found_clusters,
     predict_shard,
     shard_symmetry,
 )
 from sst.train.health import kept_shares
-from sst.train.refinement import agreed, agreement, kept_landmarks, labels_of, points_of, set_back
+from sst.train.refinement import Agreement, agreement, kept_landmarks, labels_of, points_of, set_back
 from sst.train.run_directory import RoundRecord, RunDirectory
 from sst.train.schedule import derived_seed
 from sst.train.symmetry import find_symmetry
@@ -181,32 +182,28 @@ class RoundMaker:
             self.tools.log(record.line())
         self.group.wait()
 
-    def refine(self, forward: nn.Module, previous: RoundRecord, weights: str, step: int) -> None:
+    def refine(self, model: LandmarkDetector, forward: nn.Module, previous: RoundRecord, step: int) -> None:
         """Makes the network's own answers the labels, where they agree under a warp; see `sst.train.refinement`.
 
         Landmarks that have become one place are joined, and where there are more than `stage2.max_landmarks`, those
         that agree best and lie apart are kept.
 
         Args:
-            forward: stage-2 network as it is called, in eval mode, perhaps compiled.
+            model: stage-2 network without DDP wrapper, in eval mode.
+            forward: the same as it is called, perhaps compiled.
             previous: record of the round whose labels were trained on.
-            weights: hash of the network's weights.
             step: optimizer steps taken in the run.
         """
         number, two, started = previous.number + 1, self.settings.stage2, time.monotonic()
         size, url = self.settings.network.input_size, self.run.round_url(number)
         active, before = np.array(previous.active), np.array(previous.population)
+        seed = derived_seed(self.settings.seed, ROUND_SEED, number)
         parts = []
         for done, shard in enumerate(self._mine(), start=1):
-            plain, warped = (
-                predict_shard(forward, self.corpus, shard, self.settings, warp_seed=seed)
-                for seed in (None, derived_seed(self.settings.seed, ROUND_SEED, number))
-            )
-            sure, again = (each.confidence >= two.refine_confidence for each in (plain, warped))
-            points = agreed(plain.points, sure & active, warped.points, again, two.refine_radius)
+            points, error = agreed_answers(forward, self.corpus, shard, self.settings, seed)
+            points[:, ~active] = np.nan
             labels_of(points, size).save(labels_url(url, shard.file))
             earlier = points_of(self.run.labels(previous, shard.file), len(active), size)
-            error = np.linalg.norm(plain.points - warped.points, axis=-1)
             parts.append(agreement(points, earlier, error, two.merge_radius))
             self._progress("refine", done)
         shares = [reduce(add, each) for each in self.group.gather(parts) if each]
@@ -225,7 +222,7 @@ class RoundMaker:
                 number=number,
                 kind="refinement",
                 step=step,
-                weights=weights,
+                weights=weights_hash(model),
                 manifest=previous.manifest,
                 seed=previous.seed,
                 backend=None,
@@ -233,16 +230,7 @@ class RoundMaker:
                 active=kept.tolist(),
                 population=population.tolist(),
                 partner=partners_among(kept, previous.partner),
-                metrics={
-                    "labels_per_image": float(population.sum() / found.images),
-                    "clusters_in_use": int(kept.sum()),
-                    "merged": int(active.sum() - kept.sum()),
-                    "set_back": int(back.sum()),
-                    "set_back_share": float(back.sum() / max(1, kept.sum())),
-                    "equivariance_error": float(
-                        100 / SCORING_SIZE * found.error[kept].sum() / max(1, found.found[kept].sum())
-                    ),
-                },
+                metrics=refinement_metrics(found, active, kept, back, population),
                 seconds={"refine": time.monotonic() - started},
             )
             self.run.finish_round(record, None)
@@ -300,7 +288,8 @@ class RoundMaker:
     def _warped_clusters(self, forward: nn.Module, found: Correspondence) -> tuple[dict[str, float], list[int] | None]:
         """How well clusters follow a warp, and, where images are to be mirrored, their partners there."""
         size, one = self.settings.network.input_size, self.settings.stage1
-        batch = next(shard_batches(self.corpus.url, self.corpus.train[0], size, EQUIVARIANCE_IMAGES))
+        device, generator = self.group.device, torch.Generator().manual_seed(self.settings.seed)
+        batch = next(shard_batches(self.corpus.url, self.corpus.train[0], size, EQUIVARIANCE_IMAGES)).to(device)
         clusters = partial(
             found_clusters,
             forward,
@@ -311,7 +300,6 @@ class RoundMaker:
             threshold=one.threshold,
             precision=self.settings.resources.precision,
         )
-        device, generator = self.group.device, torch.Generator().manual_seed(self.settings.seed)
         warp = random_affine(len(batch.keys), size, Augmentation(), generator)
         plain = clusters()
         moved = transform(warp, torch.from_numpy(plain).float()).numpy()
@@ -333,6 +321,29 @@ def correspondence_metrics(found: Correspondence) -> dict[str, float]:
         "inertia": found.kmeans.inertia,
         "kmeans_iterations": found.kmeans.iterations,
         "empty_clusters": found.kmeans.empty,
+    }
+
+
+def refinement_metrics(
+    found: Agreement, active_K: np.ndarray, kept_K: np.ndarray, back_K: np.ndarray, population_K: np.ndarray
+) -> dict[str, float]:
+    """The label-free metrics of a refinement.
+
+    Args:
+        found: over all images.
+        active_K: bool, landmarks before.
+        kept_K: bool, those that go on.
+        back_K: bool, those of them that were set back.
+        population_K: labels of each now.
+    """
+    percent = 100 / SCORING_SIZE * found.error[kept_K].sum() / max(1, found.found[kept_K].sum())
+    return {
+        "labels_per_image": float(population_K.sum() / found.images),
+        "clusters_in_use": int(kept_K.sum()),
+        "merged": int(active_K.sum() - kept_K.sum()),
+        "set_back": int(back_K.sum()),
+        "set_back_share": float(back_K.sum() / max(1, kept_K.sum())),
+        "equivariance_error": float(percent),
     }
 
 

@@ -22,7 +22,7 @@ from sst.nn.network import DetectorDescriptor, LandmarkDetector
 from sst.nn.optimizer import Update
 from sst.nn.precision import Precision, laid_out, obstacle_to_compiling, uses_bf16
 from sst.nn.steps import Batch, Losses, stage1_losses, stage2_losses
-from sst.train.checkpoint import latest_checkpoint, weights_hash, write_checkpoint
+from sst.train.checkpoint import latest_checkpoint, write_checkpoint
 from sst.train.health import Watch, dead_scales, signs
 from sst.train.meters import Meter, Skips
 from sst.train.refinement import settled
@@ -111,7 +111,7 @@ class Trainer:
         if isinstance(network, DetectorDescriptor):
             rounds.correspondence(network, forward, record, following.first_step)
         elif following.refines:
-            rounds.refine(forward, record, weights_hash(network), following.first_step)
+            rounds.refine(network, forward, record, following.first_step)
         else:
             rounds.merge(network, forward, record, following.first_step)
 

@@ -15,7 +15,7 @@ import torch
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit
 
-from sst.nn.augment import Augmentation, occlude, random_affine, warp_images
+from sst.nn.augment import Augmentation, inside_view, occlude, random_affine, warp_images
 from sst.nn.geometry import STRIDE, transform
 from sst.nn.network import LandmarkDetector
 from sst.nn.precision import Precision, autocast
@@ -48,9 +48,6 @@ class Trials:
     visible: np.ndarray
     known: np.ndarray
 
-    def __add__(self, other: "Trials") -> "Trials":
-        return Trials(*(np.concatenate([getattr(self, n), getattr(other, n)]) for n in self.__dataclass_fields__))
-
 
 @torch.inference_mode()
 def trials(
@@ -80,24 +77,15 @@ def trials(
         first += len(batch.keys)
         warp = random_affine(len(batch.keys), input_size, SHIFTED, generator)
         moved = transform(warp, points * STRIDE) / STRIDE
-        inside = ((moved > -0.5) & (moved < input_size // STRIDE - 0.5)).all(-1)
         views = warp_images(batch.images, warp @ batch.to_view, input_size)
         views, hidden = occlude(views, moved, COVERED_SHARE, generator)
         with autocast(device, precision):
             heat = network(views)
         peak = heat.float().amax((-2, -1)).clamp(1e-7, 1 - 1e-7)
         known = points.isfinite().all(-1)
-        parts.append(
-            Trials(
-                torch.logit(peak).cpu().double().numpy(),
-                (inside & ~hidden & known).cpu().numpy(),
-                known.cpu().numpy(),
-            )
-        )
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = whole + part
-    return whole
+        visible = inside_view(moved, input_size) & ~hidden & known
+        parts.append([each.cpu().numpy() for each in (torch.logit(peak).double(), visible, known)])
+    return Trials(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
 
 def logistic(found: Trials) -> tuple[np.ndarray, np.ndarray]:

@@ -338,7 +338,7 @@ def test_a_network_that_answers_places_of_the_view_is_ended_in_its_first_refinem
         points = np.repeat(constant + shift, shard.samples, 0)
         return Predictions(points, np.ones(points.shape[:2], np.float32))
 
-    monkeypatch.setattr("sst.train.rounds.predict_shard", predicted)
+    monkeypatch.setattr("sst.train.extraction.predict_shard", predicted)
     two = SETTINGS.stage2.changed(merge_after=0, refine_rounds=2, refine_radius=6.0)
     lines: list[dict] = []
     with pytest.raises(Unwell):
