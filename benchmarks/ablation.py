@@ -12,7 +12,6 @@ count. The first seed is trained for all choices before the second. Runs lie in 
 `python -m benchmarks.labels` says what became of a choice's labels.
 """
 
-import hashlib
 import math
 import statistics
 import sys
@@ -128,7 +127,7 @@ class Task:
     @property
     def key(self) -> str:
         """What tells runs apart that were trained differently or on other images."""
-        return hashlib.sha256(f"{self.manifest}\n{self.settings.method_json()}".encode()).hexdigest()
+        return storage.sha256(f"{self.manifest}\n{self.settings.method_json()}".encode())
 
     @property
     def name(self) -> str:

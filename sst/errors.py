@@ -53,6 +53,24 @@ def _told(error: OSError) -> str:
 
 
 @contextmanager
+def readable(what: str, remedy: str = "") -> Iterator[None]:
+    """While inside, a file or URL that can't be read is the user's mistake.
+
+    Args:
+        what: what could not be read, with its path.
+        remedy: is added after the reason.
+
+    Raises:
+        UserError: with what, the reason in brackets and the remedy.
+    """
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:  # the latter two: URLs of an unknown or uninstalled kind
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error
+        raise UserError(f"{what} ({reason}){remedy}") from error
+
+
+@contextmanager
 def terminable() -> Iterator[None]:
     """While inside, SIGTERM raises `Terminated` in the main thread, as Ctrl-C raises KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():  # a trial of a sweep; signals are not its own

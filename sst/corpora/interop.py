@@ -10,15 +10,13 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
 
 from sst.corpora.annotations import Annotations, Row, Tally, checked
+from sst.corpora.listing import listed
 from sst.corpora.packing import UnusableImage
+from sst.corpora.pictures import picture_frame
 from sst.corpora.projects import CORNER, Labelled, Project, is_video, read_deeplabcut, read_project, reader
 from sst.errors import UserError
-
-ORIENTATION = 274
-"""EXIF's tag; from 5 on the upright image has the stored one's sides exchanged."""
 
 DRAWN = "_labeled"
 """DeepLabCut draws the labels on copies of the images, in folders whose names end so."""
@@ -121,7 +119,7 @@ def matched(path: str, wanted: Collection[str], present: Iterable[str]) -> dict[
     if missing:
         raise UserError(
             f"{path}: {len(missing)} of {len(wanted)} images named there are not in the folder: "
-            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; say where they are by --images"
+            f"{listed(missing)}; say where they are by --images"
         )
     images = {file: image for image, file in places.items()}
     if twice := [image for image, file in places.items() if images[file] != image]:
@@ -145,13 +143,9 @@ def _scale(path: str, each: Labelled, file: Path) -> float:
     """How much larger the image is than the one that was annotated."""
     if each.size is None:
         return 1.0
-    try:
-        with Image.open(file) as image:
-            width, height = image.size
-            if image.getexif().get(ORIENTATION, 1) >= 5:
-                width, height = height, width
-    except Exception:  # Pillow raises many types on damaged input, which is named when it is read
+    if (frame := picture_frame(file)) is None:
         return 1.0
+    width, height = frame.width, frame.height
     ratio = width / each.size[0], height / each.size[1]
     # A shrunk copy's sides are whole numbers of pixels, so its ratios differ by up to a pixel's worth.
     if abs(ratio[0] - ratio[1]) > max(1 / each.size[0], 1 / each.size[1]) * max(ratio):

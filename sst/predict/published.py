@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from cluster import storage
 from sst.config import NetworkSettings, Stage2Settings
-from sst.errors import UserError
+from sst.errors import UserError, readable
 from sst.nn.network import DetectorDescriptor, LandmarkDetector, NetworkShape
 from sst.outputs import NewDirectory, staging_name
 from sst.train.model import keep_landmarks, save_model
@@ -345,11 +345,8 @@ def _read(path: str) -> Any:
     Raises:
         UserError: if the file cannot be read, or holds anything else.
     """
-    try:
+    with readable(f"{path}: cannot read the checkpoint"):
         data = storage.read_bytes(path)
-    except (OSError, ValueError, ImportError) as error:  # the latter two: URLs of an unknown or uninstalled kind
-        reason = "no such file" if isinstance(error, FileNotFoundError) else error
-        raise UserError(f"{path}: cannot read the checkpoint ({reason})") from error
     try:
         with torch.serialization.safe_globals(ALLOWED):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

@@ -1,12 +1,12 @@
 """What `train own` packed: so that the same command, given later, knows whether pictures or boxes have changed."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from sst.corpora.listing import content_of, shown
+from cluster import storage
+from sst.corpora.listing import content_of, listed, shown
 from sst.corpora.projects import files_of
 
 
@@ -48,7 +48,7 @@ def _together(paths: Sequence[Path]) -> FileRecord:
     each = [_record(path, None) for path in paths]
     if len(each) == 1:
         return each[0]
-    digest = hashlib.sha256(" ".join(record.sha256 for record in each).encode()).hexdigest()
+    digest = storage.sha256(" ".join(record.sha256 for record in each).encode())
     return FileRecord(size=sum(r.size for r in each), changed=max(r.changed for r in each), sha256=digest)
 
 
@@ -71,8 +71,7 @@ def changes(before: OwnData, now: OwnData) -> list[str]:
         "changed": {name for name in old.keys() & new.keys() if old[name].sha256 != new[name].sha256},
     }
     said = [
-        f"{len(names)} picture{'s are' if len(names) > 1 else ' is'} {what} "
-        f"({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+        f"{len(names)} picture{'s are' if len(names) > 1 else ' is'} {what} ({listed(sorted(names), 3)})"
         for what, names in found.items()
         if names
     ]

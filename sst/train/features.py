@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from cluster import storage
 from sst.config import KeypointSettings
-from sst.errors import UserError
+from sst.errors import UserError, readable
 from sst.nn.losses import sample_descriptors
 from sst.train.keypoints import VIEW, KeypointDetector, Keypoints, RootSift, apart
 
@@ -64,7 +64,7 @@ class MappedFeatures:
         """See `KeypointDetector`."""
         if not images:
             return []
-        views = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float() / 255
+        views = _views(images, self.device)
         scores, features = self.network(views)
         side = views.shape[-1]
         if scores is None:
@@ -101,7 +101,7 @@ class FoundKeypoints:
         """See `KeypointDetector`."""
         if not images:
             return []
-        views = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float() / 255
+        views = _views(images, self.device)
         # Such models take grey images in three equal channels; the weights are those of ITU-R BT.601.
         grey = (views * views.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
         found = self.model(grey.expand(-1, 3, -1, -1))
@@ -115,6 +115,11 @@ class FoundKeypoints:
             kept = apart(pixels.tolist(), self.sift.cell)[: self.sift.max_num_keypoints]
             results.append(usable_keypoints(pixels[kept], descriptors[mask][order][kept]))
         return results
+
+
+def _views(images: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """Images of one size as a network sees them; float32 (B, 3, S, S) in [0, 1]."""
+    return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 255
 
 
 def usable_keypoints(points_N2: np.ndarray, descriptors_ND: Tensor) -> Keypoints:
@@ -203,11 +208,8 @@ def load_program(path: str, device: torch.device) -> Network:
     """
     from torch.export.passes import move_to_device_pass
 
-    try:
+    with readable(f"{path}: can't read the program of torch.export"):
         data = storage.read_bytes(path)
-    except (OSError, ValueError, ImportError) as error:  # the latter two: URLs of an unknown or uninstalled kind
-        reason = "no such file" if isinstance(error, FileNotFoundError) else error
-        raise UserError(f"{path}: can't read the program of torch.export ({reason})") from error
     try:
         program = move_to_device_pass(torch.export.load(io.BytesIO(data)), device)
         inputs = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cluster import storage
-from sst.errors import UserError
+from sst.errors import UserError, readable
 from sst.nn.geometry import transform_points
 from sst.nn.losses import sample_descriptors
 from sst.nn.suppression import free_of
@@ -110,11 +110,8 @@ def load_superpoint(path: str | None) -> SuperPointNetwork:
 
 
 def _read_tensors(path: str) -> dict[str, Tensor]:
-    try:
+    with readable(f"{path}: can't read SuperPoint's weights", f"; {WHERE_FROM}"):
         data = storage.read_bytes(path)
-    except (OSError, ValueError, ImportError) as error:  # the latter two: URLs of an unknown or uninstalled kind
-        reason = "no such file" if isinstance(error, FileNotFoundError) else error
-        raise UserError(f"{path}: can't read SuperPoint's weights ({reason}); {WHERE_FROM}") from error
     try:
         if path.endswith(".safetensors"):
             content = load_safetensors(data)
