@@ -25,8 +25,8 @@ OURS_1 = Stage1Settings(
     unite=False,
     augmentation=Augmentation(about="view"),
 )
-"""Stage 1 as our own presets have it, beside lengths: labels are what the detector finds now, which halves their error
-on faces (benchmarks/RESULTS.md)."""
+"""Stage 1 as our own presets have it, beside lengths: labels are what the detector finds now, so that a wrong one does
+not live on."""
 
 OURS_2 = Stage2Settings(
     objective="focal",

@@ -101,7 +101,7 @@ class Update:
     def decay_share(self) -> Tensor:
         """Share of the weights in which the decay outweighs the gradient; a scalar on the device.
 
-        None where it is decoupled: then the two do not compete.
+        0 where it is decoupled: then the two do not compete.
         """
         group = self._optimizer.param_groups[0]
         weights = [weight for weight in group["params"] if weight.grad is not None]

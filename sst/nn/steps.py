@@ -72,8 +72,8 @@ class Stage2Step:
         precision: arithmetic of convolutions, see `sst.nn.precision`.
         objective: how heatmaps are compared with their targets, see `sst.nn.losses.heatmap_loss`.
         flip_share: share of the images that are mirrored, where partners are known (beyond the paper).
-        occlude_share: share of the images of which a rectangle is covered: labels under it are hidden (beyond the
-        paper). augmentation: random changes of each image.
+        occlude_share: share of the images that are covered in part: labels there are hidden (beyond the paper).
+        augmentation: random changes of each image.
     """
 
     input_size: int = 256
