@@ -112,7 +112,7 @@ def scaled(settings: TrainSettings, factor: float) -> TrainSettings:
     """The same schedule with all steps times a factor, down to a least length.
 
     Rounds and mergings become fewer before they become too short; nothing that was shorter becomes longer. Refinements
-    keep their length: there are more or fewer of them.
+    keep their length, so that there are more or fewer of them; only the last that is left becomes shorter.
     """
     one, two = settings.stage1, settings.stage2
 
@@ -123,7 +123,9 @@ def scaled(settings: TrainSettings, factor: float) -> TrainSettings:
     rounds = max(min(1, one.rounds), min(one.rounds, in_rounds // MIN_ROUND))
     iterations = steps(two.iterations, 2 * MIN_ROUND)
     refinements = steps(two.refine_rounds, 1)
-    share = (iterations + refinements * two.refine_iterations) / stage2_steps(two)
+    in_refinements = steps(two.refine_rounds * two.refine_iterations, MIN_ROUND)
+    refinement = min(two.refine_iterations, in_refinements) if refinements else two.refine_iterations
+    share = (iterations + refinements * refinement) / stage2_steps(two)
     every = two.merge_every
     return settings.changed(
         stage1=one.changed(
@@ -134,6 +136,7 @@ def scaled(settings: TrainSettings, factor: float) -> TrainSettings:
         stage2=two.changed(
             iterations=iterations,
             refine_rounds=refinements,
+            refine_iterations=refinement,
             milestones=tuple(round(milestone * share) for milestone in two.milestones),
             merge_after=round(two.merge_after * iterations / two.iterations),
             merge_every=None
