@@ -28,15 +28,12 @@ def main() -> None:
     parser.add_argument("--size", choices=("full", "cpu"), default="full" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--images", type=int, default=64, help="of a batch")
     parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto")
-    parser.add_argument("--compiled", action="store_true", help="by torch.compile, as training does it on GPUs")
     parser.add_argument("--repeats", type=int, default=10)
     given = parser.parse_args()
     device, sizes = device_of_run(), sizes_of(given.size)
     side, images = sizes.stage1.input_size, given.images
     torch.manual_seed(0)
-    model: nn.Module = laid_out(DetectorDescriptor(sizes.shape), device, given.compiled).eval()
-    if given.compiled:
-        model = torch.compile(model)
+    model: nn.Module = laid_out(DetectorDescriptor(sizes.shape), device).eval()
     batch = random_batch(images, sizes.stage1.input_size, sizes.clusters).to(device)
     labels = torch.rand(images, POINTS, 2, device=device) * (side // 4 - 1)
     with torch.inference_mode():

@@ -211,9 +211,11 @@ def check_devices(plan: Plan, name: str) -> str:
     trained = finished(plan, name)
     line = trained.lines("arithmetic")[-1]
     backends = {record.backend for record in trained.run.records() if record.backend}
-    how = "compiled" if line["compiled"] else f"not compiled ({line['obstacle']})" if line["obstacle"] else "as written"
+    refused = [line["obstacle"], *(each["obstacle"] for each in trained.lines("not_recorded"))]
+    obstacles = [each for each in refused if each]
+    how = "; ".join(obstacles) or ("steps recorded, own kernels" if line["device"].startswith("cuda") else "as written")
     seen = f"workers on {line['device']} in {line['convolutions']}, {how}; k-means by {', '.join(sorted(backends))}"
-    if plan.gpus and not (line["device"].startswith("cuda") and line["compiled"] and backends == {"cuml"}):
+    if plan.gpus and not (line["device"].startswith("cuda") and not obstacles and backends == {"cuml"}):
         raise DidNotHold(seen)
     return seen
 

@@ -8,6 +8,7 @@ also says how long the published schedule's steps would take. Needs torch and nu
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -31,7 +32,8 @@ from benchmarks.common import (
 from sst.nn.network import DetectorDescriptor, LandmarkDetector
 from sst.nn.optimizer import Update
 from sst.nn.precision import has_bf16, keep_freed_memory
-from sst.nn.steps import random_batch, stage1_losses, stage2_losses
+from sst.nn.replay import PLAIN_STEPS, CudaTape, Replayed, own_stream
+from sst.nn.steps import Batch, random_batch, stage1_losses, stage2_losses
 
 FULL_FLOP = 62e9
 """Of a training step for an image at full size: three times those of a forward pass."""
@@ -47,11 +49,12 @@ class Variant:
     precision: Literal["float32", "bf16"]
     channels_last: bool = False
     compiled: bool = False
+    recorded: bool = False
 
     def __str__(self) -> str:
         """What stands in the table."""
-        extras = [name for name, on in (("channels-last", self.channels_last), ("compiled", self.compiled)) if on]
-        return " ".join([self.precision, *extras])
+        named = ("channels-last", self.channels_last), ("compiled", self.compiled), ("recorded", self.recorded)
+        return " ".join([self.precision, *(name for name, on in named if on)])
 
 
 PLAIN = Variant("float32")
@@ -62,9 +65,10 @@ def variants_of(device: torch.device, compiled: bool, emulated: bool) -> list[Va
     """The one that training takes on the device is last."""
     precisions: list[Literal["float32", "bf16"]] = ["float32", "bf16"] if emulated or has_bf16(device) else ["float32"]
     found = [Variant(each, channels_last) for channels_last in (False, True) for each in precisions]
-    if compiled:
-        found += [Variant(precisions[-1], channels_last, True) for channels_last in (False, True)]
-    taken = Variant(precisions[-1], device.type == "cuda", compiled)
+    gpu = device.type == "cuda"
+    if compiled and gpu:
+        found += [Variant(precisions[-1], channels_last, True, True) for channels_last in (False, True)]
+    taken = Variant(precisions[-1], gpu, False, gpu)
     return [each for each in found if each != taken] + [taken]
 
 
@@ -87,23 +91,34 @@ def stepper(stage: int, variant: Variant, size: Size, images: int | None = None)
     model = model.to(device).train()
     if variant.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    used = torch.compile(model) if variant.compiled else model
+    used = torch.compile(model, dynamic=False) if variant.compiled else model
     batch = random_batch(images or batch_of(stage, size), sizes.stage1.input_size, sizes.clusters).to(device)
-    generator = torch.Generator(device).manual_seed(0)
     active = torch.ones(sizes.clusters, dtype=torch.bool, device=device)
     update = Update(model, learning_rate=5e-4, weight_decay=1e-5)
 
-    def step() -> torch.Tensor:
+    def step(batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
         model.zero_grad()
-        if stage == 1:
-            loss = stage1_losses(used, batch, sizes.stage1, generator).total()
-        else:
-            loss = stage2_losses(used, batch, active, sizes.stage2, generator).total()
-        loss.backward()
-        update(5e-4)
-        return loss.detach()
+        losses = (
+            stage1_losses(used, batch, sizes.stage1, generator)
+            if stage == 1
+            else stage2_losses(used, batch, active, sizes.stage2, generator)
+        )
+        losses.total().backward()
+        update.step()
+        return losses.metrics()
 
-    return step
+    if variant.recorded:
+        pool = torch.cuda.graph_pool_handle()
+        replayed = Replayed(step, list(model.parameters()), lambda: CudaTape(pool), refused)
+        seeds = itertools.count()
+        return lambda: replayed(batch, next(seeds))["loss"]
+    generator = torch.Generator(device).manual_seed(0)
+    return lambda: step(batch, generator)["loss"].detach()
+
+
+def refused(obstacle: str) -> None:
+    """A variant that can't be recorded is not measured."""
+    raise RuntimeError(f"not recorded: {obstacle}")
 
 
 def batch_of(stage: int, size: Size) -> int:
@@ -120,7 +135,7 @@ def compare(
     for variant in variants:
         try:
             ready[variant] = stepper(stage, variant, size)
-            for _ in range(3):
+            for _ in range(PLAIN_STEPS + 2):
                 ready[variant]()
         except Exception as error:  # torch.compile needs a compiler, which may not be there
             print(f"{variant}: not here: {str(error).splitlines()[0][:100]}")
@@ -172,7 +187,10 @@ def main() -> None:
     variants = variants_of(device_of_run(), given.compiled, given.emulated)
     peaks = {precision: matrix_peak(precision) for precision in sorted({variant.precision for variant in variants})}
     print(*(f"matrix peak {name}: {peak / 1e12:.2f} TFLOP/s" for name, peak in peaks.items()), sep="; ")
-    best = {stage: compare(stage, given.size, variants, given.steps, given.repeats, peaks) for stage in given.stages}
+    with own_stream(device_of_run()):
+        best = {
+            stage: compare(stage, given.size, variants, given.steps, given.repeats, peaks) for stage in given.stages
+        }
     if given.size == "full" and set(best) == {1, 2}:
         minutes = sum(seconds * PUBLISHED_STEPS[stage] for stage, seconds in best.items()) / 60
         print(f"\nsteps of the published schedule, without its rounds: {minutes:.0f} minutes")

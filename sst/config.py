@@ -278,8 +278,6 @@ class ResourceSettings(Settings):
     precision: Precision = "auto"
     """Arithmetic of convolutions; weights, losses and optimizer are always float32. auto: bf16 where all workers have
     matrix units for it (recent GPUs, some server CPUs), float32 elsewhere; a run keeps what it began with."""
-    compile: bool | None = None
-    """Fuse what lies between convolutions by torch.compile, which takes minutes in each stage; unset: on GPUs."""
     max_failures: Count = 3
     """Lost workers that a run survives before it gives up; submit it again to go on."""
     checkpoint_steps: Positive = 1_000
@@ -306,8 +304,8 @@ class ResourceSettings(Settings):
 
 
 SAFE_TO_CHANGE = tuple(name for name in ResourceSettings.model_fields if name != "precision")
-"""Resources with which a run may go on that began with others. On CPUs, with as many workers as before and `compile` as
-it was, it goes on bit for bit; with another number of workers the images come in another order."""
+"""Resources with which a run may go on that began with others. On CPUs, with as many workers as before, it goes
+on bit for bit; with another number of workers the images come in another order."""
 
 
 class TrainSettings(Settings):

@@ -5,7 +5,7 @@ Source: Mallis et al. 2020, section 4 (implementation details); docs/fidelity.md
 """
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -35,29 +35,123 @@ RARE = -4.6
 of cells of background would drown the few of points."""
 
 
+class NormRelu(nn.GroupNorm):
+    """Group normalisation and ReLU; on a GPU, with channels last, by kernels of our own."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        """(B, C, H, W) to the same; in the kernels' case of the input's type."""
+        if by_kernels(input):
+            from sst.nn.kernels import NormReluFunction, can_normalise  # Triton is not on CPUs
+
+            if can_normalise(input, self.num_groups):
+                given = input, self.weight, self.bias, self.num_groups, self.eps
+                normalised: Tensor = NormReluFunction.apply(*given)
+                return normalised
+        return functional.relu(super().forward(input))
+
+
+_KERNELS = {"usable": True}
+"""Whether Triton works in this process, as far as `use_kernels` knows."""
+
+
+def use_kernels(device: torch.device) -> str | None:
+    """Tries the kernels of our own on a device; where they fail, this process computes without them from then on.
+
+    Returns:
+        Why they fail (Triton needs a C compiler), or None. Without a GPU they are not tried.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        x = torch.ones(1, 2, 2, 2, device=device, requires_grad=True)
+        NormRelu(1, 2).to(device)(x.contiguous(memory_format=torch.channels_last)).sum().backward()
+        torch.cuda.synchronize(device)
+    except Exception as error:  # whatever it is, there is a way without
+        _KERNELS["usable"] = False
+        return " ".join(str(error).split())[:200]
+    return None
+
+
+def by_kernels(x: Tensor) -> bool:
+    """Whether what torch computes slowly with channels last is computed by other ways to the same result."""
+    return x.is_cuda and _KERNELS["usable"]
+
+
+class Halved(torch.autograd.Function):
+    """Mean of every 2 x 2 cells, as torch's average pool, whose gradient is a slow kernel on GPUs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, H/2, W/2)."""
+        return functional.avg_pool2d(x, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """A quarter for each of the four."""
+        return each_four_times(gradients[0] * 0.25)
+
+
+class Doubled(torch.autograd.Function):
+    """Every cell four times, as torch's nearest interpolation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, 2 H, 2 W)."""
+        return each_four_times(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """Sum of the four."""
+        return functional.avg_pool2d(gradients[0], 2, divisor_override=1)
+
+
+def each_four_times(x: Tensor) -> Tensor:
+    """(B, C, H, W) to (B, C, 2 H, 2 W) with channels last, in one copy."""
+    count, channels, height, width = x.shape
+    x_BH1W1C = x.permute(0, 2, 3, 1)[:, :, None, :, None, :]
+    wide = x_BH1W1C.expand(count, height, 2, width, 2, channels).reshape(count, 2 * height, 2 * width, channels)
+    return wide.permute(0, 3, 1, 2)
+
+
+def halved(x: Tensor) -> Tensor:
+    """Mean of every 2 x 2 cells."""
+    if not by_kernels(x):
+        return functional.avg_pool2d(x, 2)
+    smaller: Tensor = Halved.apply(x)
+    return smaller
+
+
+def doubled(x: Tensor) -> Tensor:
+    """Every cell four times."""
+    if not by_kernels(x):
+        return functional.interpolate(x, scale_factor=2.0, mode="nearest")
+    larger: Tensor = Doubled.apply(x)
+    return larger
+
+
 class ResidualBlock(nn.Module):
     """Three pre-activated 3x3 convolutions whose outputs (1/2, 1/4, 1/4 of the width) are concatenated."""
 
     def __init__(self, inputs: int, outputs: int, groups: int) -> None:
         super().__init__()
         half, quarter = outputs // 2, outputs // 4
-        self.norm1 = nn.GroupNorm(groups, inputs)
+        self.norm1 = NormRelu(groups, inputs)
         self.conv1 = nn.Conv2d(inputs, half, 3, padding=1, bias=False)
-        self.norm2 = nn.GroupNorm(groups, half)
+        self.norm2 = NormRelu(groups, half)
         self.conv2 = nn.Conv2d(half, quarter, 3, padding=1, bias=False)
-        self.norm3 = nn.GroupNorm(groups, quarter)
+        self.norm3 = NormRelu(groups, quarter)
         self.conv3 = nn.Conv2d(quarter, quarter, 3, padding=1, bias=False)
         self.shortcut: nn.Module = nn.Identity()
         if inputs != outputs:
             self.shortcut = nn.Sequential(
-                nn.GroupNorm(groups, inputs), nn.ReLU(), nn.Conv2d(inputs, outputs, 1, bias=False)
+                NormRelu(groups, inputs), nn.Identity(), nn.Conv2d(inputs, outputs, 1, bias=False)
             )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, H, W) to (B, outputs, H, W)."""
-        first = self.conv1(functional.relu(self.norm1(x)))
-        second = self.conv2(functional.relu(self.norm2(first)))
-        third = self.conv3(functional.relu(self.norm3(second)))
+        first = self.conv1(self.norm1(x))
+        second = self.conv2(self.norm2(first))
+        third = self.conv3(self.norm3(second))
         joined: Tensor = torch.cat([first, second, third], dim=1) + self.shortcut(x)
         return joined
 
@@ -76,8 +170,8 @@ class Hourglass(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width, H, W) to the same shape; H and W must be even."""
-        lower = self.lower_out(self.inner(self.lower_in(functional.avg_pool2d(x, 2))))
-        joined: Tensor = self.upper(x) + functional.interpolate(lower, scale_factor=2.0, mode="nearest")
+        lower = self.lower_out(self.inner(self.lower_in(halved(x))))
+        joined: Tensor = self.upper(x) + doubled(lower)
         return joined
 
 
@@ -88,7 +182,7 @@ class Head(nn.Module):
         super().__init__()
         self.block = ResidualBlock(width, width, groups)
         self.conv = nn.Conv2d(width, width, 1)
-        self.norm = nn.GroupNorm(groups, width)
+        self.norm = NormRelu(groups, width)
         self.out = nn.Conv2d(width, outputs, 1)
 
     def start_rare(self) -> None:
@@ -99,7 +193,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width, H, W) to (B, outputs, H, W)."""
-        maps: Tensor = self.out(functional.relu(self.norm(self.conv(self.block(x)))))
+        maps: Tensor = self.out(self.norm(self.conv(self.block(x))))
         return maps
 
 
@@ -110,7 +204,7 @@ class Backbone(nn.Module):
         super().__init__()
         width, groups = shape.width, shape.groups
         self.conv = nn.Conv2d(3, width // 4, 7, stride=2, padding=3)
-        self.norm = nn.GroupNorm(groups, width // 4)
+        self.norm = NormRelu(groups, width // 4)
         self.block1 = ResidualBlock(width // 4, width // 2, groups)
         self.block2 = ResidualBlock(width // 2, width // 2, groups)
         self.block3 = ResidualBlock(width // 2, width, groups)
@@ -118,8 +212,8 @@ class Backbone(nn.Module):
 
     def forward(self, image_B3SS: Tensor) -> Tensor:
         """RGB in [0, 1], (B, 3, S, S), to features (B, width, S/4, S/4)."""
-        x = functional.relu(self.norm(self.conv(image_B3SS)))
-        x = self.block3(self.block2(functional.avg_pool2d(self.block1(x), 2)))
+        x = self.norm(self.conv(image_B3SS))
+        x = self.block3(self.block2(halved(self.block1(x))))
         features: Tensor = self.hourglass(x)
         return features
 

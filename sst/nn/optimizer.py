@@ -55,14 +55,17 @@ class Update:
         """Takes over the weights, which must already be on their device and in their memory format."""
         weights = list(model.parameters())
         self._names, self._decoupled = AVERAGES[kind], kind == "adamw"
+        device = weights[0].device
+        # On a GPU a step can be recorded and replayed (`sst.nn.replay`): then what changes between steps lies there.
+        recordable = device.type == "cuda"
+        rate = torch.tensor(learning_rate, device=device) if recordable else learning_rate
         self._optimizer: torch.optim.Optimizer = (
-            torch.optim.AdamW(weights, lr=learning_rate, weight_decay=weight_decay, fused=True)
+            torch.optim.AdamW(weights, lr=rate, weight_decay=weight_decay, fused=True, capturable=recordable)
             if self._decoupled
-            else torch.optim.RMSprop(weights, lr=learning_rate, weight_decay=weight_decay)
+            else torch.optim.RMSprop(weights, lr=rate, weight_decay=weight_decay, capturable=recordable)
         )
         averages = [[torch.zeros_like(weight) for weight in weights] for _ in self._names]
-        # Steps taken, by which AdamW corrects its averages; on the device, as a fused update wants them.
-        self._steps = torch.zeros(len(weights), device=weights[0].device if self._decoupled else "cpu")
+        self._steps = torch.zeros(len(weights), device=device)  # by which AdamW corrects its averages
         self._buffers = in_one_buffer(weights), *map(in_one_buffer, averages)
         if self._decoupled:
             self._buffers += (self._steps,)
@@ -81,8 +84,16 @@ class Update:
         for name, average in self.state().items():
             average.copy_(state[name])
 
-    def __call__(self, learning_rate: float) -> tuple[Tensor, Tensor]:
-        """Takes a step with the gradients that are there.
+    def set_rate(self, learning_rate: float) -> None:
+        """Sets the learning rate of the steps that follow."""
+        group = self._optimizer.param_groups[0]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(learning_rate)
+        else:
+            group["lr"] = learning_rate
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """Takes a step with the gradients that are there, without the host waiting for the device.
 
         Returns:
             The gradient's norm, and whether it is finite, without which nothing has changed; scalars on the device.
@@ -92,7 +103,6 @@ class Update:
         finite = torch.isfinite(norm)
         for before, buffer in zip(self._before, self._buffers, strict=True):
             before.copy_(buffer)
-        group["lr"] = learning_rate
         self._optimizer.step()
         for before, buffer in zip(self._before, self._buffers, strict=True):
             torch.where(finite, buffer, before, out=buffer)

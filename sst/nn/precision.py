@@ -1,11 +1,10 @@
-"""How a device computes a network fast: precision, memory layout, compilation. The results agree up to rounding.
+"""How a device computes a network fast: precision and memory layout. The results agree up to rounding.
 
 Needs torch alone.
 """
 
 import ctypes
 import platform
-from collections.abc import Callable
 from typing import Literal, TypeVar
 
 import torch
@@ -46,27 +45,12 @@ def keep_freed_memory() -> None:
         library.mallopt(mmap_threshold, 2**25)  # a round's larger arrays go back at once, or they would leave gaps
 
 
-def laid_out(model: Model, device: torch.device, compiled: bool) -> Model:
+def laid_out(model: Model, device: torch.device) -> Model:
     """The model on the device, in the memory format in which it is to be computed there.
 
-    The matrix units of GPUs read channels last. Only compiled models get it: torch's own group normalisation knows the
-    other form alone on GPUs and would turn every array around twice, and on CPUs it is slow in this form.
+    The matrix units of GPUs read channels last; on CPUs this form is slow.
     """
     model.to(device)
-    if compiled and device.type == "cuda":
+    if device.type == "cuda":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
-
-
-def obstacle_to_compiling(device: torch.device) -> str | None:
-    """Why torch.compile does not work here (it needs a C compiler, and Triton on a GPU), or None; takes seconds."""
-
-    def small(x: torch.Tensor) -> torch.Tensor:
-        return x.relu() + 1
-
-    compiled: Callable[[torch.Tensor], torch.Tensor] = torch.compile(small)
-    try:
-        compiled(torch.zeros(8, device=device))
-    except Exception as error:  # whatever it is, there is a way without
-        return " ".join(str(error).split())[:200]
-    return None

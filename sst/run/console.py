@@ -47,9 +47,7 @@ def round_line(line: dict[str, Any]) -> str:
 def arithmetic_line(line: dict[str, Any]) -> str:
     """How the workers compute, and what they could not do."""
     text = f"workers compute on {line['device']} in {line['convolutions']}"
-    if line["compiled"]:
-        return f"{text}, compiled: the first steps of a stage take minutes"
-    return f"{text}; not compiled, which is slower: {line['obstacle']}" if line["obstacle"] else text
+    return f"{text}; by torch's own kernels, which is slower: {line['obstacle']}" if line["obstacle"] else text
 
 
 class TimeLeft:
@@ -62,7 +60,7 @@ class TimeLeft:
         """Begins without any measurement."""
         self._phases = phases
         self._step_seconds: dict[int, float] = {}
-        self._between = 0.0
+        self._between: dict[int, float] = {}
         self._last: tuple[float, int, int] | None = None
 
     def update(self, line: dict[str, Any]) -> str:
@@ -74,15 +72,14 @@ class TimeLeft:
             before = self._step_seconds.get(line["stage"], latest)
             self._step_seconds[line["stage"]] = 0.8 * before + 0.2 * latest
         elif self._last is not None and phase != self._last[1]:
-            self._between = max(self._between, now - self._last[0])
+            self._between[line["stage"]] = now - self._last[0]
         self._last = (now, phase, step)
         if not self._step_seconds:
             return "?"
-        other = max(self._step_seconds.values())
-        seconds = 0.0
+        other, pause, seconds = max(self._step_seconds.values()), max(self._between.values(), default=0.0), 0.0
         for ahead in self._phases[phase:]:
             todo = ahead.steps - (line["phase_step"] if ahead.round == phase else 0)
-            seconds += todo * self._step_seconds.get(ahead.stage, other) + self._between
+            seconds += todo * self._step_seconds.get(ahead.stage, other) + self._between.get(ahead.stage, pause)
         return clock(seconds)
 
 

@@ -1,6 +1,6 @@
 """How long a run will take on this machine, and the schedule that fits a time: from measured steps and passes.
 
-What is measured is what the run will do: compiled steps where it compiles, whole passes over a shard with their reading
+What is measured is what the run will do: recorded steps on a GPU, whole passes over a shard with their reading
 and decoding.
 """
 
@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cluster.kmeans import KMeansSettings, fit
 from cluster.outliers import outlier_scores
@@ -26,8 +25,9 @@ from sst.data.shards import read_shard
 from sst.errors import UserError
 from sst.nn.network import DetectorDescriptor, LandmarkDetector
 from sst.nn.optimizer import Update
-from sst.nn.precision import laid_out, obstacle_to_compiling
-from sst.nn.steps import random_batch, stage1_losses, stage2_losses
+from sst.nn.precision import laid_out
+from sst.nn.replay import PLAIN_STEPS, own_stream, taken_on
+from sst.nn.steps import Batch, random_batch, stage1_losses, stage2_losses
 from sst.run.placement import REST_GB, WORKER_GB, Machine
 from sst.train.extraction import extract_descriptors, keypoints_of, predict_shard
 from sst.train.keypoints import generic_detector
@@ -36,9 +36,6 @@ from sst.train.schedule import plan
 MIN_ROUND = 150
 """Steps of a round, or between two mergings, below which there are rather fewer of them; the shortest schedule has as
 many in the warm-up and in a single round, and twice as many in stage 2."""
-
-COMPILING_PAYS = 15
-"""Minutes from which a run on a GPU compiles: that takes two to three, and saves a fifth of a step (on an H200)."""
 
 START_SECONDS = 40.0
 """Starting Ray and its workers, and writing the report."""
@@ -73,7 +70,7 @@ class Speed:
         predict: seconds per image of predicting landmarks, likewise.
         keypoints: seconds per image of the first keypoints, all cores at it.
         kmeans: seconds of a fit per row.
-        first: seconds that the first steps and passes of both stages take beyond the others, above all for compiling.
+        first: seconds that the first steps and passes of both stages take beyond the others.
         memory_gb: that a run will take; of a GPU where there is one, else of the machine.
     """
 
@@ -179,7 +176,7 @@ def within(settings: TrainSettings, images: int, speed: Speed, minutes: float) -
 def measure(settings: TrainSettings, machine: Machine, workers: int, corpus: Corpus) -> Speed:
     """Times each worker's share of a step and of a pass of both stages, the first keypoints and k-means.
 
-    Takes some seconds; where the run will compile, as long as that takes.
+    Takes some seconds.
 
     Args:
         settings: of the run.
@@ -188,14 +185,12 @@ def measure(settings: TrainSettings, machine: Machine, workers: int, corpus: Cor
         corpus: packed images, of which one shard is gone through.
     """
     device = torch.device("cuda" if machine.gpus else "cpu")
-    compiles = device.type == "cuda" and settings.resources.compile is not False
-    compiles = compiles and obstacle_to_compiling(device) is None
     shared = SIDE_BY_SIDE if workers > 1 else 1.0
     with as_in_training(machine, workers):
         keypoints = keypoint_seconds(settings, corpus)
         kmeans = kmeans_seconds(settings)
-        one = stage_seconds(settings, device, compiles, workers, corpus, stage=1)
-        two = stage_seconds(settings, device, compiles, workers, corpus, stage=2)
+        one = stage_seconds(settings, device, workers, corpus, stage=1)
+        two = stage_seconds(settings, device, workers, corpus, stage=2)
     memory = torch.cuda.max_memory_allocated() / 1e9 if machine.gpus else WORKER_GB * workers + REST_GB
     torch.cuda.empty_cache()  # this process lives as long as the run, and would keep what the workers need
     return Speed(
@@ -224,40 +219,43 @@ def as_in_training(machine: Machine, workers: int) -> Iterator[None]:
 
 
 def stage_seconds(
-    settings: TrainSettings, device: torch.device, compiles: bool, workers: int, corpus: Corpus, stage: int
+    settings: TrainSettings, device: torch.device, workers: int, corpus: Corpus, stage: int
 ) -> tuple[float, float, float]:
     """(seconds of a step, of an image in a pass, of the first ones beyond that) of a stage, in one worker."""
     network, clusters = settings.network.shape, settings.cluster.clusters
     probabilities, kind = settings.stage2.objective == "focal", (settings.stage1, settings.stage2)[stage - 1].optimizer
     model: nn.Module = DetectorDescriptor(network) if stage == 1 else LandmarkDetector(network, clusters, probabilities)
-    model = laid_out(model, device, compiles).train()
+    model = laid_out(model, device).train()
     update = Update(model, 1e-6, 0.0, kind)
     total = settings.stage1.pairs if stage == 1 else settings.stage2.batch
     batch = random_batch(max(2, total // workers), settings.network.input_size, clusters).to(device)
-    generator = torch.Generator(device).manual_seed(0)
     active = torch.ones(clusters, dtype=torch.bool, device=device)
-    trained = cast(nn.Module, torch.compile(model, dynamic=False)) if compiles else model
-    forward = cast(nn.Module, torch.compile(model)) if compiles else model
     shard = min(corpus.train, key=lambda each: each.samples)
 
-    def step() -> None:
+    def step(given: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         model.zero_grad()
         losses = (
-            stage1_losses(trained, batch, settings.stage1_step(), generator)
+            stage1_losses(model, given, settings.stage1_step(), generator)
             if stage == 1
-            else stage2_losses(trained, batch, active, settings.stage2_step(), generator)
+            else stage2_losses(model, given, active, settings.stage2_step(), generator)
         )
         losses.total().backward()
-        update(1e-6)
+        update.step()
+        return losses.metrics()
+
+    take = taken_on(device, step, list(model.parameters()), refused=lambda why: None)  # the run will say
+
+    def one_step() -> None:
+        take(batch, 0)
         if device.type == "cuda":
             torch.cuda.synchronize()
 
     def one_pass() -> None:
         if stage == 2:
-            predict_shard(forward, corpus, shard, settings)
+            predict_shard(model, corpus, shard, settings)
             return
         extract_descriptors(
-            forward,
+            model,
             corpus.url,
             shard,
             some_labels(shard.samples, settings),
@@ -266,7 +264,9 @@ def stage_seconds(
             precision=settings.resources.precision,
         )
 
-    step_seconds, first_step = timed(step, time.perf_counter)
+    with own_stream(device):
+        _, first_step = timed(one_step, time.perf_counter, PLAIN_STEPS if device.type == "cuda" else 1)
+        step_seconds, _ = timed(one_step, time.perf_counter)
     model.eval()
     pass_seconds, first_pass = timed(one_pass, time.perf_counter)
     return step_seconds, pass_seconds / shard.samples, first_step + first_pass

@@ -28,7 +28,7 @@ from sst.presets import PRESETS
 from sst.progress import duration
 from sst.report.advice import FEW_IMAGES
 from sst.report.finish import Outcome
-from sst.run.estimate import COMPILING_PAYS, expected_seconds, measure, within
+from sst.run.estimate import expected_seconds, measure, within
 from sst.run.options import RunName, RunOptions, WithRuns
 from sst.run.own_data import OwnData, changes, look
 from sst.run.pipeline import train_run
@@ -238,10 +238,7 @@ def own_settings(command: OwnCommand, corpus: Corpus, run_url: str) -> TrainSett
     """Settles on settings, and says what was chosen, why, and what it will take."""
     machine, images = this_machine(), corpus.manifest.samples_of("train")
     settings = choose(images, command.landmarks, machine)
-    if machine.gpus and command.minutes is not None and command.minutes < COMPILING_PAYS:
-        settings = settings.changed(resources=settings.resources.changed(compile=False))
-    compiling = " (a GPU's steps are compiled, which takes minutes)" if machine.gpus else ""
-    print(f"measuring how fast this machine is{compiling}", flush=True)
+    print("measuring how fast this machine is", flush=True)
     speed = measure(settings, machine, workers_for(settings, machine), corpus)
     if command.minutes is not None:
         settings = within(settings, images, speed, command.minutes)

@@ -130,7 +130,7 @@ def extract_descriptors(
     """Keypoints of the detector, united with previous labels or alone, and their descriptors (paper, section 3.2).
 
     Args:
-        model: stage-1 network, perhaps compiled.
+        model: stage-1 network.
         corpus: directory of the shards.
         shard: the shard.
         previous: the shard's labels of the round before; or none, so that labels are what the detector finds now.
@@ -207,7 +207,7 @@ def predict_landmarks(
     """Every landmark's peak on every image.
 
     Args:
-        model: stage-2 network, perhaps compiled.
+        model: stage-2 network.
         batches: images in order.
         input_size: side S of the view.
         precision: see `sst.nn.precision`.
@@ -248,7 +248,7 @@ def found_clusters(
     """Where the clusters of a round are found on images; float64 (B, K, 2), pixels of the S x S view, NaN where not.
 
     Args:
-        model: stage-1 network, perhaps compiled.
+        model: stage-1 network.
         batch: B images, on the model's device.
         centroids: of the clusters.
         thresholds: squared distances below which a point counts.
@@ -298,7 +298,7 @@ def agreed_answers(
     """A shard's landmarks where the network gives the same place on a randomly warped copy of the image.
 
     Args:
-        model: stage-2 network, perhaps compiled.
+        model: stage-2 network.
         corpus: of the shard.
         shard: whose images are looked at.
         settings: say how sure and how near both answers must be.

@@ -68,17 +68,16 @@ class RoundMaker:
     group: Group
     tools: Tools
 
-    def correspondence(self, model: DetectorDescriptor, forward: nn.Module, previous: RoundRecord, step: int) -> None:
+    def correspondence(self, model: DetectorDescriptor, previous: RoundRecord, step: int) -> None:
         """Extracts every training image's descriptors, clusters them and labels the images (section 3.2).
 
         Args:
             model: stage-1 network without DDP wrapper, in eval mode.
-            forward: the same as it is called, perhaps compiled.
             previous: record of the round whose labels were trained on.
             step: optimizer steps taken in the run.
         """
         number, started = previous.number + 1, time.monotonic()
-        rows, dropped = self._extract(forward, previous)
+        rows, dropped = self._extract(model, previous)
         extracted = time.monotonic()
         if self.group.rank == 0:
             seed = derived_seed(self.settings.seed, ROUND_SEED, number)
@@ -93,7 +92,7 @@ class RoundMaker:
                 seed=seed,
                 previous=before if self.settings.cluster.keep_identities else None,
             )
-            moved, partner = self._warped_clusters(forward, found)
+            moved, partner = self._warped_clusters(model, found)
             found_again = self._persistence(previous, found.thresholds, number)
             metrics = correspondence_metrics(found)
             earlier = [each.metrics for each in self.run.records() if each.kind == "correspondence"]
@@ -124,19 +123,18 @@ class RoundMaker:
                 storage.remove(descriptors_folder(self.run.round_url(done)))
         self.group.wait()
 
-    def merge(self, model: LandmarkDetector, forward: nn.Module, previous: RoundRecord, step: int) -> None:
+    def merge(self, model: LandmarkDetector, previous: RoundRecord, step: int) -> None:
         """Joins clusters that name the same place and renames the labels (section 3.3).
 
         Args:
             model: stage-2 network without DDP wrapper, in eval mode.
-            forward: the same as it is called, perhaps compiled.
             previous: record of the round whose labels were trained on.
             step: optimizer steps taken in the run.
         """
         number, two, started = previous.number + 1, self.settings.stage2, time.monotonic()
         overlaps = []
         for done, shard in enumerate(self._mine(), start=1):
-            predicted = predict_shard(forward, self.corpus, shard, self.settings)
+            predicted = predict_shard(model, self.corpus, shard, self.settings)
             confidence = np.where(previous.active, predicted.confidence, 0.0)
             overlaps.append(
                 count_overlaps(predicted.points, confidence, confident=two.merge_confidence, radius=two.merge_radius)
@@ -182,7 +180,7 @@ class RoundMaker:
             self.tools.log(record.line())
         self.group.wait()
 
-    def refine(self, model: LandmarkDetector, forward: nn.Module, previous: RoundRecord, step: int) -> None:
+    def refine(self, model: LandmarkDetector, previous: RoundRecord, step: int) -> None:
         """Makes the network's own answers the labels, where they agree under a warp; see `sst.train.refinement`.
 
         Landmarks that have become one place are joined, and where there are more than `stage2.max_landmarks`, those
@@ -190,7 +188,6 @@ class RoundMaker:
 
         Args:
             model: stage-2 network without DDP wrapper, in eval mode.
-            forward: the same as it is called, perhaps compiled.
             previous: record of the round whose labels were trained on.
             step: optimizer steps taken in the run.
         """
@@ -200,7 +197,7 @@ class RoundMaker:
         seed = derived_seed(self.settings.seed, ROUND_SEED, number)
         parts = []
         for done, shard in enumerate(self._mine(), start=1):
-            points, error = agreed_answers(forward, self.corpus, shard, self.settings, seed)
+            points, error = agreed_answers(model, self.corpus, shard, self.settings, seed)
             points[:, ~active] = np.nan
             labels_of(points, size).save(labels_url(url, shard.file))
             earlier = points_of(self.run.labels(previous, shard.file), len(active), size)

@@ -4,6 +4,7 @@ Everything here runs without Ray, alone or in a DDP group. The order of samples 
 (seed, rank, step), so a resumed run repeats what it would have done.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ from sst.config import TrainSettings
 from sst.data.corpus import Corpus
 from sst.data.loader import Undecodable, batches, training_examples
 from sst.errors import Stopped, Unwell
-from sst.nn.network import DetectorDescriptor, LandmarkDetector
+from sst.nn.network import DetectorDescriptor, LandmarkDetector, use_kernels
 from sst.nn.optimizer import Update
-from sst.nn.precision import Precision, laid_out, obstacle_to_compiling, uses_bf16
+from sst.nn.precision import Precision, laid_out, uses_bf16
+from sst.nn.replay import own_stream, taken_on
 from sst.nn.steps import Batch, Losses, stage1_losses, stage2_losses
 from sst.train.checkpoint import latest_checkpoint, write_checkpoint
 from sst.train.health import Watch, dead_scales, signs
@@ -31,6 +33,8 @@ from sst.train.run_directory import RoundRecord, RunDirectory
 from sst.train.schedule import Phase, derived_seed, learning_rate, plan
 from sst.train.tools import Tools
 from sst.train.workers import Group
+
+logger = logging.getLogger(__name__)
 
 DATA_SEED, STEP_SEED, WEIGHT_SEED = 2, 3, 4
 """Purpose numbers in `derived_seed`."""
@@ -45,14 +49,12 @@ class Learner:
 
     Attributes:
         network: the weights.
-        with_gradients: the network as training calls it: in a DDP group, perhaps compiled.
-        without_gradients: the network as extraction and prediction call it: alone, perhaps compiled.
+        wrapped: the network as training calls it, in a DDP group where there are other workers.
         update: its optimizer.
     """
 
     network: DetectorDescriptor | LandmarkDetector
-    with_gradients: nn.Module
-    without_gradients: nn.Module
+    wrapped: nn.Module
     update: Update
 
 
@@ -66,7 +68,6 @@ class Trainer:
         self.undecodable = Undecodable()
         self.skips = Skips(group, run, tools)
         self.watch = Watch(signs(settings))
-        self.compiles = False
 
     def __call__(self) -> LandmarkDetector:
         """Runs what is left of the run, from the latest checkpoint on; round 0 must be there.
@@ -81,6 +82,11 @@ class Trainer:
             Unwell: after a checkpoint, at a sign that the run comes to nothing, if `stop_when_unwell` is set.
             ValueError: if a shard or record is damaged, or too few descriptors are found.
         """
+        with own_stream(self.group.device):
+            return self._run()
+
+    def _run(self) -> LandmarkDetector:
+        """See `__call__`."""
         self._settle_arithmetic()
         rounds = RoundMaker(self.settings, self.corpus, self.run, self.group, self.tools)
         first, done = self._restore()
@@ -107,29 +113,29 @@ class Trainer:
 
     def _make_round(self, rounds: RoundMaker, record: RoundRecord, following: Phase) -> None:
         """Makes the labels that the following phase is trained on."""
-        network, forward = self.learner.network.eval(), self.learner.without_gradients
+        network = self.learner.network.eval()
         if isinstance(network, DetectorDescriptor):
-            rounds.correspondence(network, forward, record, following.first_step)
+            rounds.correspondence(network, record, following.first_step)
         elif following.refines:
-            rounds.refine(network, forward, record, following.first_step)
+            rounds.refine(network, record, following.first_step)
         else:
-            rounds.merge(network, forward, record, following.first_step)
+            rounds.merge(network, record, following.first_step)
 
     def _settle_arithmetic(self) -> None:
-        """Agrees with all workers in what convolutions are computed and whether compiled, and says so."""
+        """Agrees with all workers in what convolutions are computed, and says so."""
         given, device = self.settings.resources.precision, self.group.device
         precision: Precision = "bf16" if all(self.group.gather(uses_bf16(device, given))) else "float32"
         if given == "auto" and self.group.rank == 0:
             self.run.note_precision(precision)
         self.settings = self.settings.with_precision(precision)
-        self.compiles, obstacle = settled_compiling(self.settings.resources.compile, self.group)
-        line = {"device": str(device), "convolutions": precision}
-        self.tools.log({"kind": "arithmetic", "compiled": self.compiles, "obstacle": obstacle} | line)
+        obstacle = use_kernels(device)
+        line = {"device": str(device), "convolutions": precision, "obstacle": obstacle}
+        self.tools.log({"kind": "arithmetic"} | line)
 
     def _train(self, index: int, done: int, record: RoundRecord) -> None:
         """Steps of one phase, from step `done` of it on."""
-        phase, learner, losses_of = self.phases[index], self.learner, self._losses_of(self.phases[index], record)
-        generator = torch.Generator(self.group.device)
+        phase, learner = self.phases[index], self.learner
+        take = self._step_of(phase, record)
         learner.network.train()
         meter = Meter(phase, self.group.world)
         stream = self.stream(phase, done, record) if done < phase.steps else iter(())
@@ -137,16 +143,12 @@ class Trainer:
             with meter.waiting():
                 batch = next(stream).to(self.group.device)
             global_step = phase.first_step + step
-            generator.manual_seed(derived_seed(self.settings.seed, STEP_SEED, self.group.rank, global_step))
-            learner.network.zero_grad()
-            losses = losses_of(learner.with_gradients, batch, generator=generator)
-            # DDP takes the mean over the workers, each of which has a summand of the loss of the whole batch.
-            (losses.total(self.group.total(losses.counts)) * self.group.world).backward()
-            # DDP has averaged the gradients, so their norm, and what follows from it, is the same on all ranks.
+            seed = derived_seed(self.settings.seed, STEP_SEED, self.group.rank, global_step)
             rate = learning_rate(self.settings, phase, step)
-            norm, finite = learner.update(rate)
-            meter.add(losses.metrics() | {"gradient_norm": norm})
-            self.skips.add(global_step, batch.keys, finite)
+            learner.update.set_rate(rate)
+            seen = take(batch, seed)
+            self.skips.add(global_step, batch.keys, seen.pop("finite"))
+            meter.add(seen)
             last = step + 1 == phase.steps
             unwell = False
             if (step + 1) % LOG_STEPS == 0 or last:
@@ -164,6 +166,33 @@ class Trainer:
         reasons = {key: why for each in self.group.gather(self.undecodable.reasons) for key, why in each.items()}
         if reasons:
             self.tools.log({"kind": "undecodable", "samples": reasons})
+
+    def _step_of(self, phase: Phase, record: RoundRecord) -> Callable[[Batch, int], dict[str, Tensor]]:
+        """What takes a step of a phase on a batch, with a seed: losses, gradient's norm, and whether it is finite.
+
+        Alone on a GPU it is recorded and replayed; what workers send each other is not.
+        """
+        learner, losses_of = self.learner, self._losses_of(phase, record)
+
+        def step(batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+            learner.network.zero_grad()
+            losses = losses_of(learner.wrapped, batch, generator=generator)
+            # DDP takes the mean over the workers, each of which has a summand of the loss of the whole batch.
+            (losses.total(self.group.total(losses.counts)) * self.group.world).backward()
+            # DDP has averaged the gradients, so their norm, and what follows from it, is the same on all ranks.
+            norm, finite = learner.update.step()
+            return losses.metrics() | {"gradient_norm": norm, "finite": finite}
+
+        device, weights = self.group.device, list(learner.network.parameters())
+        if self.group.world == 1:
+            return taken_on(device, step, weights, self._not_recorded)
+        generator = torch.Generator(device)
+        return lambda batch, seed: step(batch, generator.manual_seed(seed))
+
+    def _not_recorded(self, obstacle: str) -> None:
+        """Says that steps are launched one kernel at a time."""
+        logger.warning("training steps can't be recorded as a CUDA graph, so they are slower: %s", obstacle)
+        self.tools.log({"kind": "not_recorded", "obstacle": obstacle})
 
     def _losses_of(self, phase: Phase, record: RoundRecord) -> Callable[..., Losses]:
         """What a step of a phase computes of the network, a batch and a generator."""
@@ -243,15 +272,10 @@ class Trainer:
     def _begin_stage(self, network: DetectorDescriptor | LandmarkDetector) -> None:
         """Puts a stage's network on the device, with its optimizer."""
         stage = self.settings.stage1 if isinstance(network, DetectorDescriptor) else self.settings.stage2
-        network = laid_out(network, self.group.device, self.compiles)
+        network = laid_out(network, self.group.device)
         update = Update(network, stage.learning_rate, stage.weight_decay, stage.optimizer)
         wrapped = self.group.wrap(network)
-        if self.compiles:
-            # Compiled outside of DDP's wrapper, so that gradients are still sent while others are computed.
-            fast = torch.compile(wrapped, dynamic=False), torch.compile(network)
-            self.learner = Learner(network, cast(nn.Module, fast[0]), cast(nn.Module, fast[1]), update)
-        else:
-            self.learner = Learner(network, wrapped, network, update)
+        self.learner = Learner(network, wrapped, update)
 
     @property
     def _settings_hash(self) -> str:
@@ -272,19 +296,6 @@ class Trainer:
                 settings=self._settings_hash,
             )
         self.group.wait()
-
-
-def settled_compiling(asked: bool | None, group: Group) -> tuple[bool, str | None]:
-    """Whether models are compiled, the same on all workers, and what keeps a GPU from it.
-
-    Raises:
-        RuntimeError: if it is asked for where it does not work.
-    """
-    compiles = group.device.type == "cuda" if asked is None else asked
-    obstacles = [each for each in group.gather(obstacle_to_compiling(group.device) if compiles else None) if each]
-    if asked and obstacles:
-        raise RuntimeError(f"--resources.compile: torch.compile does not work here ({obstacles[0]}); leave it out")
-    return compiles and not obstacles, next(iter(obstacles), None)
 
 
 def out_of_memory(settings: TrainSettings, stage: int) -> str:

@@ -13,6 +13,7 @@ from cluster.shards import Labels
 from sst.config import KeypointSettings
 from sst.data.loader import (
     Example,
+    KeptShards,
     Undecodable,
     balanced,
     batches,
@@ -163,3 +164,22 @@ def test_undecodable_images_keep_their_places_when_a_shard_is_gone_through(tmp_p
     assert (batch.images[1] == 128).all() and (batch.images[2] == 20).all()
     keypoints, _ = first_keypoints(str(tmp_path), shard, generic_detector(KeypointSettings(), 32), 32)
     assert len(keypoints) == 4 and len(keypoints.sample(1)[0]) == 0
+
+
+def test_kept_shards_are_read_once_until_others_take_their_room(corpus, monkeypatch):
+    url, manifest = corpus
+    shards = [(f"{url}/{shard.file}", shard.sha256) for shard in manifest.shards][:3]
+    sizes = [sum(len(sample.jpeg) for sample in read_shard(*shard)) for shard in shards]
+    asked = []
+
+    def counted(url, sha256):
+        asked.append(url)
+        return read_shard(url, sha256)
+
+    monkeypatch.setattr("sst.data.loader.read_shard", counted)
+    kept = KeptShards(sizes[0] + sizes[1] + sizes[2] // 2)  # room for two
+    for number in (0, 1, 0, 0, 1, 2, 2, 1, 0):
+        found = [(sample.key, sample.jpeg) for sample in kept.read(*shards[number])]
+        assert found == [(sample.key, sample.jpeg) for sample in read_shard(*shards[number])]
+    assert asked == [shards[number][0] for number in (0, 1, 2, 0)]
+    assert list(KeptShards(0).read(*shards[0])) == list(read_shard(*shards[0])) and asked[-1] == shards[0][0]

@@ -45,7 +45,8 @@ def test_finite_steps_are_those_of_torch(kind, theirs, options, channels_last: b
     for step, rate in enumerate((1e-3, 1e-3, 1e-4)):
         for model in (ours, plain):
             give_gradients(model, step)
-        norm, finite = update(rate)
+        update.set_rate(rate)
+        norm, finite = update.step()
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         assert bool(finite)
@@ -67,10 +68,10 @@ def test_steps_without_a_finite_gradient_leave_no_trace(broken: list[float | Non
     update, other = Update(ours, RATE, DECAY, kind), Update(without, RATE, DECAY, kind)
     for step, value in enumerate(broken):
         give_gradients(ours, step, value)
-        assert bool(update(RATE)[1]) == (value is None)
+        assert bool(update.step()[1]) == (value is None)
         if value is None:
             give_gradients(without, step)
-            other(RATE)
+            other.step()
     assert all(map(torch.equal, values(ours), values(without)))
     assert all(map(torch.equal, update.state().values(), other.state().values()))
 
@@ -80,12 +81,12 @@ def test_an_update_goes_on_from_its_saved_state(kind) -> None:
     ours, again = network(), network()
     update, later = Update(ours, RATE, DECAY, kind), Update(again, RATE, DECAY, kind)
     give_gradients(ours, 0)
-    update(RATE)
+    update.step()
     again.load_state_dict(copy.deepcopy(ours.state_dict()))
     later.restore({name: average.clone() for name, average in update.state().items()})
     for model in (ours, again):
         give_gradients(model, 1)
-    update(RATE), later(RATE)
+    update.step(), later.step()
     assert all(map(torch.equal, values(ours), values(again)))
 
 

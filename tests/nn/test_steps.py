@@ -77,7 +77,7 @@ def test_a_step_never_waits_for_the_device(stage: int, monkeypatch: pytest.Monke
         else:
             loss = stage2_losses(used, batch, active, SETTINGS.stage2_step(), generator, partner).total()
         loss.backward()
-        update(5e-4)
+        update.step()
     assert waits.seen == []
 
 

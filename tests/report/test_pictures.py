@@ -147,6 +147,17 @@ def test_time_left_follows_the_measured_speed():
     assert clock(3725) == "1:02:05"
 
 
+def test_what_happened_between_two_phases_once_is_not_expected_again():
+    """A first pass that takes long, as where libraries start, must not count for all the rounds to come."""
+    phases = [Phase(f"round {n}", 1, n, 100 * n, 100, 100 * n, 4, 1) for n in range(4)]
+    left, line = TimeLeft(phases), STEP | {"stage": 1}
+    for now, number, step in ((0.0, 0, 20), (10.0, 0, 100), (70.0, 1, 120), (80.0, 1, 200), (84.0, 2, 220)):
+        place = {"time": now, "round": number, "step": step, "phase_step": step - 100 * number}
+        said = left.update(line | place)
+    # 0.125 s a step for 180 steps, and the 4 s of the last pause for each of two phases.
+    assert said == clock(180 * 0.125 + 2 * 4)
+
+
 def test_settings_are_flat_parameters():
     assert flatten({"a": {"b": 1, "c": {"d": "x"}}, "e": (1, 2)}) == {"a.b": "1", "a.c.d": "x", "e": "(1, 2)"}
 

@@ -249,7 +249,7 @@ def left_after_steps(weight_decay: float, kind: OptimizerName, rate: float = 4e-
         views, points = spots(1, generator)
         model.zero_grad()
         landmark_loss(model(views), points, torch.arange(2)[None], active)[0].mean().backward()
-        update(rate)
+        update.step()
     shares = [float(weight.detach().norm()) / first for weight, first in zip(convolutions, before, strict=True)]
     return float(np.median(shares))
 
