@@ -345,6 +345,7 @@ def parse_coco(path: str, text: str, tally: Tally) -> Annotations:
         content = json.loads(text)
         if not isinstance(content, dict | list):
             raise ValueError(f"a {type(content).__name__}")
+        refuse_results(path, content)
         if isinstance(content, list) or "images" not in content or "annotations" not in content:
             has = f"is a list of {len(content)}" if isinstance(content, list) else f"has the keys {listed(content)}"
             raise UserError(f"{path}: not COCO keypoints JSON: it {has}; images and annotations are expected")
@@ -371,6 +372,20 @@ def parse_coco(path: str, text: str, tally: Tally) -> Annotations:
     annotated = {row.file for row in rows}
     bare = [_image_row(each) for each in images.values() if each["file_name"] not in annotated]
     return Annotations(path, (*rows, *(row for row in bare if row.split or row.subject)), image_ids=ids)
+
+
+def refuse_results(path: str, content: Any) -> None:
+    """Refuses what a detector found, in COCO's form for it: a list of annotations alone.
+
+    Raises:
+        UserError: if it is such a list.
+    """
+    if isinstance(content, list) and content and isinstance(content[0], dict) and "image_id" in content[0]:
+        raise UserError(
+            f"{path}: a list of COCO results, which does not say which pictures its image ids are; give a COCO file "
+            'with images and annotations: the "images" of the file that was predicted on, and this list as its '
+            '"annotations"'
+        )
 
 
 def _key(identifier: Any) -> str:

@@ -7,6 +7,7 @@ count what they leave out or change, in `Annotations.notes`, and refuse a file m
 Conventions as of `sst.corpora.packing`: (x, y) in pixels of the upright image, pixel centres at integers.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,8 @@ from sst.errors import UserError
 
 Id = int | str
 """Identifier of an image or a category in a COCO file."""
+
+Box = tuple[float, float, float, float]
 
 ALL = "all"
 """As a category: those of every name."""
@@ -65,7 +68,7 @@ class Row:
     file: str
     split: str = ""
     subject: str | None = None
-    box: tuple[float, float, float, float] | None = None
+    box: Box | None = None
     points: np.ndarray | None = None
     visible: np.ndarray | None = None
     size: tuple[float, float] | None = None
@@ -125,6 +128,18 @@ class Tally:
             for kind, names in self.names.items()
             if names and (not kinds or kind in kinds)
         )
+
+
+def around(box: Box, degrees: float, name: str, tally: Tally) -> Box:
+    """The upright rectangle around a box that is turned about its centre; it is counted that it is turned."""
+    if degrees % 180 == 0:
+        return box
+    tally.add("rotated boxes, taken by the upright rectangle around them", name)
+    corners = np.array(box, np.float64).reshape(2, 2)
+    cosine, sine = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
+    middle, half = corners.mean(0), np.array([[cosine, sine], [sine, cosine]]) @ np.diff(corners, axis=0)[0] / 2
+    x0, y0, x1, y1 = map(float, (*(middle - half), *(middle + half)))
+    return x0, y0, x1, y1
 
 
 def checked(found: Annotations, tally: Tally, category: str | None = None) -> Annotations:
