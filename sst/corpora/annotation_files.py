@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sst.corpora.annotations import Annotations, Category, Id, Row, Tally, checked
+from sst.corpora.annotations import MOSTLY, Annotations, Box, Category, Id, Row, Tally, around, checked
 from sst.corpora.listing import listed
 from sst.errors import UserError
 
@@ -334,6 +334,8 @@ def _is_size_of_box(rows: Sequence[Row]) -> bool:
 
 # COCO
 
+MASKS = "masks (RLE) without a bbox, which are not read"
+
 
 def parse_coco(path: str, text: str, tally: Tally) -> Annotations:
     """Parses COCO keypoints or boxes. Crowds are left out; a point of visibility 0 is unknown, of 1 hidden.
@@ -366,6 +368,10 @@ def parse_coco(path: str, text: str, tally: Tally) -> Annotations:
     if strays > len(content["annotations"]) / 2:
         raise UserError(f"{path}: {strays} of {len(content['annotations'])} annotations are of images that it does not "
                         "list: their image_id is no id of images")  # fmt: skip
+    total, masks = len(content["annotations"]), tally.count(MASKS)
+    if masks > MOSTLY * total and all(row.points is None for row in rows):
+        raise UserError(f"{path}: {masks} of {total} objects have only a mask (RLE), which is not read; give each a "
+                        "bbox, as pycocotools.mask.toBbox makes it of a mask")  # fmt: skip
     ids: dict[str, Id] = {}
     for image in images.values():
         ids.setdefault(image["file_name"], image["id"])
@@ -397,7 +403,7 @@ def _coco_images(path: str, entries: Sequence[dict[str, Any]], tally: Tally) -> 
     images: dict[str, dict[str, Any]] = {}
     names: dict[str, Any] = {}
     for entry in entries:
-        key, name = _key(_identifier(entry["id"])), entry["file_name"]
+        key, name = _key(_identifier(entry["id"])), entry.get("file_name")
         if entry["id"] is None:
             raise UserError(f"{path}: {name} has no image id")
         if not isinstance(name, str) or not name:
@@ -467,13 +473,8 @@ def _coco_row(
     tally: Tally,
 ) -> Row | None:
     """One annotation; None for an object of which nothing is said."""
-    box = points = visible = None
-    if entry.get("bbox"):
-        numbers = _numbers(entry["bbox"], f"{path}: {name}: bbox").tolist()
-        if len(numbers) != 4:
-            raise UserError(f"{path}: {name}: bbox has {len(numbers)} numbers; x, y, width and height are expected")
-        x, y, width, height = numbers
-        box = (x, y, x + width, y + height) if numbers != [-1] * 4 else None
+    points = visible = None
+    box = _coco_box(path, name, entry, tally)
     category = next(iter(categories.values())) if len(categories) == 1 else None
     if (identifier := entry.get("category_id")) is not None:
         category = categories.get(_key(identifier), Category(_identifier(identifier), str(identifier)))
@@ -488,7 +489,38 @@ def _coco_row(
         visible = triples[:, 2] > 1
         if not np.isin(triples[:, 2], (0, 1, 2)).all():
             tally.add("objects with visibilities other than 0, 1, 2 (above 0 is annotated, above 1 visible)", name)
-    if (box is None or not any(box)) and points is None:
+    if box is None and points is None:
         tally.add("objects without box and points left out", name)
         return None
     return replace(_image_row(image, entry), box=box, points=points, visible=visible, category=category)
+
+
+def _coco_box(path: str, name: str, entry: Mapping[str, Any], tally: Tally) -> Box | None:
+    """The box of an annotation, or else the one around its outline, which is measured from the same corner."""
+    numbers = _numbers(entry["bbox"], f"{path}: {name}: bbox").tolist() if entry.get("bbox") else []
+    outline = entry.get("segmentation")
+    if len(numbers) not in (0, 4):
+        raise UserError(f"{path}: {name}: bbox has {len(numbers)} numbers; x, y, width and height are expected")
+    if numbers and numbers not in ([0] * 4, [-1] * 4):
+        x, y, width, height = numbers
+        degrees = (entry.get("attributes") or {}).get("rotation") if not outline else None
+        try:
+            return around((x, y, x + width, y + height), float(degrees or 0), name, tally)
+        except ValueError:
+            raise UserError(f"{path}: {name}: rotation is {degrees!r}, not a number of degrees") from None
+    if isinstance(outline, dict):
+        tally.add(MASKS, name)
+    if not outline or isinstance(outline, dict):
+        return None
+    parts = [_numbers(each, f"{path}: {name}: segmentation") for each in _parts(outline)]
+    if odd := [part.size for part in parts if part.size % 2]:
+        raise UserError(f"{path}: {name}: segmentation has {odd[0]} numbers; x and y of each corner are expected")
+    tally.add("boxes taken from the outline, as there is no bbox", name)
+    corners = np.concatenate(parts).reshape(-1, 2)
+    (x0, y0), (x1, y1) = corners.min(0).tolist(), corners.max(0).tolist()
+    return x0, y0, x1, y1
+
+
+def _parts(outline: Any) -> list[Any]:
+    """The polygons of an outline, which has one, or a list of them."""
+    return outline if isinstance(outline, list) and isinstance(outline[0], list) else [outline]

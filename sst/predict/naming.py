@@ -9,6 +9,7 @@ Shape letters: N images, K landmarks, L named points. Points are (x, y) in pixel
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Annotated
 from unicodedata import normalize
@@ -22,6 +23,7 @@ from cluster import storage
 from sst.corpora import interop
 from sst.corpora.annotation_files import read_annotations
 from sst.corpora.annotations import Row, is_inside, place_annotations
+from sst.corpora.listing import Listing, sort_in
 from sst.corpora.packing import UnusableImage
 from sst.corpora.pictures import white_level
 from sst.errors import UserError
@@ -333,8 +335,9 @@ def annotated_rows(config: Name) -> tuple[list[Row], list[str], Mapping[str, Cal
     if not rows:
         raise UserError(f"{config.annotations}: no annotated points in it; annotate a handful of images")
     still = tuple(row for row in rows if row.file not in frames)
-    files = {file: root / file for row in still if (file := _file_below(root, row.file)) is not None}
-    if missing := [row.file for row in still if _file_below(root, row.file) is None]:
+    below = {row.file: _files_below(root, row.file) for row in still}
+    files = {file: root / file for each in below.values() for file in each}
+    if missing := [row.file for row in still if not below[row.file]]:
         raise UserError(
             f"{config.annotations}: {len(missing)} of {len(rows)} annotated images are not in {root}: "
             f"{', '.join(missing[:5])}; say where they are by --images"
@@ -358,14 +361,24 @@ def _frame(config: Name, file: str, read: Callable[[], np.ndarray]) -> np.ndarra
         raise UserError(f"{file}: {error}; mend it or take it out of {config.annotations}") from error
 
 
-def _file_below(root: Path, name: str) -> str | None:
-    """The file that an annotation means: by its name, or without leading folders; None if there is none.
+def _files_below(root: Path, name: str) -> list[str]:
+    """The file that an annotation means, by its name or without leading folders; else pictures without their ending.
 
     Only these places are looked at, since the folder of an annotation file may be a home directory.
     """
     parts = PurePosixPath(name.replace("\\", "/")).parts
-    choices = [normalize(form, "/".join(parts[start:])) for start in range(len(parts)) for form in ("NFC", "NFD")]
-    return next((each for each in choices if not each.startswith("/") and (root / each).is_file()), None)
+    ends = ["/".join(parts[start:]) for start in range(len(parts))]
+    choices = [normalize(form, end) for end in ends if not end.startswith("/") for form in ("NFC", "NFD")]
+    if there := next((each for each in choices if (root / each).is_file()), None):
+        return [there]
+    for place in (root / each for each in choices):
+        listing = Listing()
+        for file in place.parent.glob(f"{escape(place.name)}.*"):
+            if file.stem == place.name:
+                sort_in(file, file.relative_to(root).as_posix(), listing)
+        if listing.names:
+            return listing.names
+    return []
 
 
 def learn_names(config: Name) -> tuple[NamedPoints, Examples, str]:

@@ -197,6 +197,20 @@ def test_what_can_not_be_used_is_said_and_folders_of_the_tool_do_not_matter(mode
     assert names is not None and names.names == ["left end", "right end"]
 
 
+def test_names_without_ending_are_found_beside_other_files_and_two_pictures_are_refused(model_url, tmp_path, capsys):
+    path = tmp_path / "few" / "few.json"
+    annotate(tmp_path / "few", 8)
+    path.write_text(path.read_text().replace(".png", ""))
+    (tmp_path / "few" / "3.json").write_text("{}")
+    job.main([model_url, "--annotations", str(path)])
+    assert "names without ending taken for the picture called so: 8 (0, 1, 2, ...)" in capsys.readouterr().out
+    assert load_names(model_url) is not None
+    Image.new("RGB", (96, 96)).save(tmp_path / "few" / "3.jpg")
+    with pytest.raises(SystemExit):
+        job.main([model_url, "--annotations", str(path)])
+    assert "3 (3.jpg or 3.png)" in capsys.readouterr().err
+
+
 def test_points_of_a_table_have_the_names_of_their_columns(model_url, tmp_path):
     annotate(tmp_path / "few", 8)
     lines = [f"{number}.png;24,5;48;72;24,5" for number in range(8)]
