@@ -1,6 +1,7 @@
 """What people get wrong before anything is started: one clear message, exit code 2, nothing left behind."""
 
 import json
+import shlex
 import subprocess
 import sys
 from unittest.mock import MagicMock
@@ -182,6 +183,28 @@ VERBS = {
     "import_checkpoint": import_checkpoint.main,
 }
 
+EMPTY = [
+    ("pack", PACK + "''"),
+    ("pack", PACK + "{}/pics --annotations ''"),
+    ("pack", "folder --images {}/pics --out ''"),
+    ("pack", "celeba --out {}/out --root ''"),
+    ("train", TRAIN + "''"),
+    ("train", "toy-cpu --name x --runs '' --shards {}/shards"),
+    ("train", "own --runs {}/runs --images ''"),
+    ("train", "own --runs ' ' --images {}/many"),
+    ("train", "own --runs {}/runs --images {}/many --annotations ''"),
+    ("evaluate", "run ''"),
+    ("predict", "'' {}/pics --out {}/out"),
+    ("predict", "{}/model '' --out {}/out"),
+    ("predict", "{}/model {}/pics '' --out {}/out"),
+    ("predict", "{}/model {}/pics --boxes '' --out {}/out"),
+    ("name", "{}/model --annotations ''"),
+    ("name", "{}/model --annotations {}/boxes.csv --images ''"),
+    ("export", "'' --out {}/out"),
+    ("import_checkpoint", "'' --out {}/out"),
+]
+"""What an unset variable of the shell gives: it would be the current directory, or the root of the file system."""
+
 MISTAKES = [
     ("pack", PACK + "{}/none", "none: no such folder; give a folder of images"),
     ("pack", PACK + "{}/a_file", "a_file: not a folder"),
@@ -273,6 +296,7 @@ MISTAKES = [
         "model.onnx is there already, and not from `landmarks export` (no record names it)",
     ),
     ("import_checkpoint", "{}/none.pth --out {}/out", "none.pth"),
+    *((verb, typed, "is empty; give a path or URL (is a variable of the shell unset?)") for verb, typed in EMPTY),
 ]
 """What somebody types, and what the message has to say."""
 
@@ -280,7 +304,9 @@ MISTAKES = [
 @pytest.mark.parametrize(("verb", "typed", "said"), MISTAKES, ids=[f"{v} {t}" for v, t, _ in MISTAKES])
 def test_a_mistake_is_named_with_its_place_and_remedy_and_leaves_nothing(verb, typed, said, world, capsys):
     before = sorted(path for path in world.rglob("*"))
-    text = " ".join(refused(VERBS[verb], typed.replace("{}", str(world)).split(), capsys).replace("│", " ").split())
+    text = " ".join(
+        refused(VERBS[verb], shlex.split(typed.replace("{}", str(world))), capsys).replace("│", " ").split()
+    )
     assert said in text and "Traceback" not in text
     left = [path for path in world.rglob("*") if path not in before]
     # `own` packs before it can tell that the time is too short; the shards serve the next try.

@@ -26,7 +26,7 @@ from sst.corpora.annotations import Row, is_inside, place_annotations
 from sst.corpora.listing import Listing, sort_in
 from sst.corpora.packing import UnusableImage
 from sst.corpora.pictures import white_level
-from sst.errors import UserError
+from sst.errors import GivenPath, UserError
 from sst.predict.predictor import Found, in_image, in_view, open_model, predict, white_of
 from sst.predict.shape import VIEW, _map_back, affine_maps, lay_on, left_over, mean_shape
 from sst.predict.sources import Box, Target
@@ -267,12 +267,12 @@ class Name(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[GivenPath, tyro.conf.Positional]
     """Run directory of `landmarks train`, or the model/ directory in it."""
-    annotations: str
+    annotations: GivenPath
     """COCO keypoints (.json), CSV (file, x0, y0, x1, y1, ...), or a project of DeepLabCut (config.yaml), SLEAP (.slp),
     Label Studio (.json), CVAT (.xml) or NWB (.nwb); boxes in it are used as by `landmarks pack`."""
-    images: str | None = None
+    images: GivenPath | None = None
     """Folder of the images; by default the one that the annotation file lies in."""
     category: str | None = None
     """Category of the annotated objects, where the file has several."""

@@ -22,7 +22,7 @@ from sst.corpora.sources import Folder, pack_source
 from sst.data.corpus import Corpus, open_corpus
 from sst.data.shards import MANIFEST
 from sst.environment import usable_cpus
-from sst.errors import UserError
+from sst.errors import GivenPath, UserError
 from sst.outputs import refuse_overlap
 from sst.presets import PRESETS
 from sst.progress import duration
@@ -134,11 +134,11 @@ class OwnCommand(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    images: str
+    images: GivenPath
     """Folder of images of one kind of object; subfolders are searched too."""
     landmarks: Annotated[int, Field(ge=2, le=200)] = 20
     """How many landmarks are wanted."""
-    annotations: str | None = None
+    annotations: GivenPath | None = None
     """CSV or COCO file with boxes of the objects, where they do not fill the images; points in it are for scoring."""
     category: str | None = None
     """Category of the annotated objects, where the file has several; or "all"."""
