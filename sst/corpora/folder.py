@@ -12,7 +12,7 @@ from sst.corpora.annotation_files import read_annotations
 from sst.corpora.annotations import Annotations, Row, place_annotations
 from sst.corpora.listing import Listing, copies, listed, pictures_in, same_name, shown
 from sst.corpora.packing import Item, SourceImage, read_image, split_of
-from sst.corpora.pictures import white_level, white_note
+from sst.corpora.pictures import several_note, white_level, white_note
 from sst.data.shards import Split
 
 
@@ -52,6 +52,8 @@ def items(
         rows = placed.by_file()
         for note in placed.notes:
             say(f"{annotations}: {note}")
+    for note in several_note({name: root / name for name in names}):
+        say(note)
     if (white := white_level(root / name for name in names)) is not None:
         say(white_note(white))
     each = [(name, n, row) for name in (*names, *sorted(frames)) for n, row in enumerate(rows.get(name, [Row(name)]))]

@@ -25,7 +25,7 @@ from sst.corpora.annotation_files import read_annotations
 from sst.corpora.annotations import Row, is_inside, place_annotations
 from sst.corpora.listing import Listing, sort_in
 from sst.corpora.packing import UnusableImage
-from sst.corpora.pictures import white_level
+from sst.corpora.pictures import several_note, white_level
 from sst.errors import GivenPath, UserError
 from sst.predict.predictor import Found, in_image, in_view, open_model, predict, white_of
 from sst.predict.shape import VIEW, _map_back, affine_maps, lay_on, left_over, mean_shape
@@ -343,8 +343,8 @@ def annotated_rows(config: Name) -> tuple[list[Row], list[str], Mapping[str, Cal
             f"{', '.join(missing[:5])}; say where they are by --images"
         )
     placed = place_annotations(replace(read, rows=still), files, f"in {root}")
-    for note in placed.notes:
-        print(f"note: {config.annotations}: {note}")
+    for note in (*(f"{config.annotations}: {each}" for each in placed.notes), *several_note(files)):
+        print(f"note: {note}")
     rows = [row for row in (*placed.rows, *(row for row in rows if row.file in frames)) if _has_points(row)]
     return rows, list(placed.point_names), frames
 

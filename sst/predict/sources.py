@@ -12,7 +12,7 @@ from cluster import storage
 from sst.corpora.annotation_files import read_annotations
 from sst.corpora.annotations import Annotations, Category, Id, Row, place_annotations
 from sst.corpora.listing import IMAGE_SUFFIXES, Listing, pictures_in, shown, sort_in
-from sst.corpora.pictures import picture_count, white_level, white_note
+from sst.corpora.pictures import picture_count, several_note, white_level, white_note
 from sst.data.shards import MANIFEST, Manifest, decode, read_shard
 from sst.errors import UserError
 
@@ -97,7 +97,7 @@ def find_sources(
     files: dict[str, Path] = {}
     for name in images:
         files |= _files(name, alone=len(images) == 1)
-    notes = []
+    notes = several_note(files)
     if white is None and (white := white_level(files.values())) is not None:
         notes.append(white_note(white))
     if boxes is None:
