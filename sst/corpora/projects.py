@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.etree import ElementTree as ET
@@ -26,7 +26,7 @@ import yaml
 
 from sst.corpora.annotation_files import refuse_results
 from sst.corpora.annotations import Box, Tally, around
-from sst.corpora.listing import listed
+from sst.corpora.listing import is_video, listed
 from sst.errors import UserError
 
 CORNER = 0.5
@@ -428,11 +428,6 @@ def read_nwb(path: str) -> Project:
                     if places := _finite(names, points):
                         objects.append(Labelled(_slashes(image), number_in, places))
     return Project(_one_skeleton(path, found), objects)
-
-
-def is_video(file: str) -> bool:
-    """Whether a file's name is that of a video rather than of an image."""
-    return PurePosixPath(_slashes(file)).suffix.lower() in (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mj2")
 
 
 def _one_skeleton(path: str, skeletons: Iterable[tuple[str, ...]]) -> list[str]:

@@ -114,8 +114,12 @@ def print_note(note: str) -> None:
     print(f"note: {note}")
 
 
-def images_of(config: Source) -> tuple[Iterable[Item], str, str | None, int | None]:
-    """Images, name of the corpus, the protocol that its data suggest, and the size to shrink boxes to.
+Images = tuple[Iterable[Item], str, str | None, int | None]
+"""Images, name of the corpus, the protocol that its data suggest, and the size to shrink boxes to."""
+
+
+def images_of(config: Source) -> Images:
+    """What a configuration names; what is odd about it is printed.
 
     Raises:
         UserError: if the source is not as it should be.
@@ -144,8 +148,12 @@ def images_of(config: Source) -> tuple[Iterable[Item], str, str | None, int | No
     return items, name, "faces68" if any(item.landmarks == 68 for item in items) else None, config.size
 
 
-def pack_source(config: Source) -> None:
+def pack_source(config: Source, found: Images | None = None) -> None:
     """Packs what a configuration names, and prints a summary.
+
+    Args:
+        config: what is packed, and how.
+        found: its `images_of`, where the caller has looked already.
 
     Raises:
         UserError: if there is nothing to pack, too much is unusable, or the place is taken.
@@ -165,7 +173,7 @@ def pack_source(config: Source) -> None:
         raise UserError(f"{config.out}: holds a corpus already; choose another --out, or replace it by --overwrite")
     if Path(config.out).is_file():
         raise UserError(f"{config.out}: a file; --out must be a directory or URL")
-    items, name, protocol, size = images_of(config)
+    items, name, protocol, size = found or images_of(config)
     mix_seed = None if isinstance(items, list) else config.seed  # what can't be loaded in any order is mixed later
     white = items[0].white if isinstance(items, list) and items else None
     if isinstance(items, list):

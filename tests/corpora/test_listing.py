@@ -12,7 +12,7 @@ from PIL import Image
 from jobs import pack, predict
 from sst.config import NetworkSettings
 from sst.corpora.annotations import match_names
-from sst.corpora.listing import pictures_in
+from sst.corpora.listing import is_video, pictures_in
 from sst.data.shards import Manifest, read_shard
 from sst.nn.network import LandmarkDetector
 from sst.predict.sources import find_sources
@@ -78,6 +78,11 @@ def test_a_link_to_a_store_of_pictures_is_followed(tmp_path):
     (tmp_path / "mine" / "all").symlink_to("../store")
     (tmp_path / "mine" / "one.png").symlink_to("../store/a.png")
     assert pictures_in(str(tmp_path / "mine")).names == ["all/a.png", "all/b.png", "one.png"]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "D:\\\\films\\\\a.WMV", "b/c.mpg", "c.mj2", "d.mts"])
+def test_videos_are_known_by_their_endings(name):
+    assert is_video(name) and not is_video(f"{name}.png")
 
 
 def test_equal_pictures_are_all_for_training_or_all_test_pictures(tmp_path, capsys):
