@@ -82,6 +82,10 @@ def _splits(
 ) -> list[Split]:
     """The split of every item: what is equal, and all objects of one picture, are test images if one of them is."""
     first = copies(root, list(dict.fromkeys(name for name, _, _ in each)))
+    if again := [name for name, other in first.items() if name != other]:
+        say(
+            f"{len(again)} pictures are links to others or copies of them, and are used too: {listed(sorted(again), 3)}"
+        )
     same = [first.get(name, name) for name, _, _ in each]
     splits = [row.split or split_of(same_name(shown(name)), test_share) for name, _, row in each]
     tested = {name for name, split in zip(same, splits, strict=True) if split == "test"}

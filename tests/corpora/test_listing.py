@@ -93,7 +93,9 @@ def test_equal_pictures_are_all_for_training_or_all_test_pictures(tmp_path, caps
     splits = packed(tmp_path / "mine", tmp_path / "out", "--test-share", "0.3")
     tests = {name[-7:] for name, split in splits.items() if split == "test"}
     assert 10 < len(tests) < 50 and not tests & {name[-7:] for name, split in splits.items() if split == "train"}
-    assert "equal to test pictures" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "equal to test pictures" in said
+    assert "60 pictures are links to others or copies of them, and are used too: copies/000.png, copies/001.png" in said
     (tmp_path / "a.csv").write_text("file,split\n000.png,test\ncopies/000.png,train\n")
     splits = packed(tmp_path / "mine", tmp_path / "2", "--test-share", 0, "--annotations", tmp_path / "a.csv")
     assert {name for name, split in splits.items() if split == "test"} == {"000.png", "copies/000.png"}
