@@ -149,6 +149,7 @@ def world(tmp_path_factory):
         ),
         "boxes.csv": "file,box_x0,box_y0,box_x1,box_y1\n0.png,1,1,60,60\n",
         "a_file": "text",
+        "zero": "\n",
     }.items():
         (root / name).write_text(text)
     for name in ("shards", "gone", "short", "no_json"):
@@ -285,6 +286,14 @@ MISTAKES = [
     ("predict", "{}/model {}/pics --boxes {}/shares.csv --out {}/out", "1 of 1 boxes can't be meant so"),
     ("predict", "{}/model {}/pics --boxes {}/cats.csv --out {}/out", "objects of 2 categories"),
     ("predict", "{}/model {}/pics", "--out"),
+    (
+        "predict",
+        "{}/model {}/pics --boxes {}/pics --out {}/out",
+        "pics: --boxes takes CSV or COCO JSON, no project of an",
+    ),
+    ("predict", "{}/model {}/pics --boxes {}/none.xml --out {}/out", "export its boxes as COCO"),
+    ("predict", "{}/model {}/pics --boxes {}/zero --out {}/out", "zero: an empty file; expected CSV or COCO JSON"),
+    ("name", "{}/model --annotations {}/zero --images {}/pics", "zero: an empty file; expected CSV or COCO JSON"),
     ("name", "{}/model --annotations {}/none.json", "none.json: can't read the annotations"),
     ("name", "{}/model --annotations {}/boxes.csv --images {}/pics", "no annotated points in it; annotate a handful"),
     ("name", "{}/model --annotations {}/missing.csv --images {}/pics", "1 of 1 annotated images are not in"),

@@ -35,6 +35,8 @@ def read_annotations(path: str, category: str | None = None) -> Annotations:
         text = data.decode("utf-16" if marked else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't read the annotations ({error}); expected CSV or COCO JSON in UTF-8") from error
+    if not text.strip():
+        raise UserError(f"{path}: an empty file; expected CSV or COCO JSON")
     tally = Tally()
     is_json = path.lower().endswith(".json") or text.lstrip()[:1] in ("{", "[")
     return checked(parse_coco(path, text, tally) if is_json else parse_csv(path, text, tally), tally, category)

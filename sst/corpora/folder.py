@@ -52,6 +52,8 @@ def items(
         rows = placed.by_file()
         for note in placed.notes:
             say(f"{annotations}: {note}")
+        if not rows:
+            say(f"{annotations}: no object in it, so all images are seen whole")
     for note in several_note({name: root / name for name in names}):
         say(note)
     if (white := white_level(root / name for name in names)) is not None:

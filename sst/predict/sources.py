@@ -11,6 +11,7 @@ import numpy as np
 from cluster import storage
 from sst.corpora.annotation_files import read_annotations
 from sst.corpora.annotations import Annotations, Category, Id, Row, place_annotations
+from sst.corpora.interop import is_project
 from sst.corpora.listing import IMAGE_SUFFIXES, Listing, is_video, pictures_in, shown, sort_in
 from sst.corpora.pictures import picture_count, several_note, white_level, white_note
 from sst.data.shards import MANIFEST, Manifest, decode, read_shard
@@ -94,6 +95,10 @@ def find_sources(
     notes = several_note(files)
     if white is None and (white := white_level(files.values())) is not None:
         notes.append(white_note(white))
+    if boxes is not None and not boxes.lower().endswith(".json") and is_project(boxes):
+        raise UserError(
+            f"{boxes}: --boxes takes CSV or COCO JSON, no project of an annotation tool; export its boxes as COCO"
+        )
     if boxes is None:
         targets = [Target(shown(name), path, white=white) for name, path in files.items()]
         return Sources(targets, len(targets), whole=True, notes=notes)

@@ -323,6 +323,14 @@ def test_coco_annotations(tmp_path: Path) -> None:
     assert stored["bare.png"].points is None
 
 
+def test_annotations_without_an_object_are_said_to_be_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "in" / "a.png")
+    (tmp_path / "none.json").write_text('{"images": [{"id": 1, "file_name": "a.png"}], "annotations": []}')
+    words = ["--images", str(tmp_path / "in"), "--annotations", str(tmp_path / "none.json")]
+    main(["folder", *words, "--out", str(tmp_path / "out"), "--test-share", "0"])
+    assert "none.json: no object in it, so all images are seen whole" in capsys.readouterr().out
+
+
 def test_toy_is_repeatable_and_annotated(tmp_path: Path) -> None:
     for name in ("a", "b"):
         main(["toy", "--count", "12", "--seed", "3", "--size", "64", "--out", str(tmp_path / name)])
