@@ -505,11 +505,9 @@ def _coco_box(path: str, name: str, entry: Mapping[str, Any], tally: Tally) -> B
         raise UserError(f"{path}: {name}: bbox has {len(numbers)} numbers; x, y, width and height are expected")
     if numbers and numbers not in ([0] * 4, [-1] * 4):
         x, y, width, height = numbers
-        degrees = (entry.get("attributes") or {}).get("rotation") if not outline else None
-        try:
-            return around((x, y, x + width, y + height), float(degrees or 0), name, tally)
-        except ValueError:
-            raise UserError(f"{path}: {name}: rotation is {degrees!r}, not a number of degrees") from None
+        attributes = entry.get("attributes")  # of CVAT; an outline is of the rotated box already
+        degrees = attributes.get("rotation") if isinstance(attributes, dict) and not outline else None
+        return around((x, y, x + width, y + height), degrees if isinstance(degrees, int | float) else 0, name, tally)
     if isinstance(outline, dict):
         tally.add(MASKS, name)
     if not outline or isinstance(outline, dict):
