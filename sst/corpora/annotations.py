@@ -24,6 +24,7 @@ Id = int | str
 """Identifier of an image or a category in a COCO file."""
 
 Box = tuple[float, float, float, float]
+"""x0, y0, x1, y1 in pixels of the image."""
 
 ALL = "all"
 """As a category: those of every name."""

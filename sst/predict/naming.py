@@ -22,14 +22,14 @@ from rich.table import Table
 from cluster import storage
 from sst.corpora import interop
 from sst.corpora.annotation_files import read_annotations
-from sst.corpora.annotations import Row, is_inside, place_annotations
+from sst.corpora.annotations import Box, Row, is_inside, place_annotations
 from sst.corpora.listing import Listing, sort_in
 from sst.corpora.packing import UnusableImage
 from sst.corpora.pictures import several_note, white_level
 from sst.errors import GivenPath, UserError
 from sst.predict.predictor import Found, in_image, in_view, open_model, predict, white_of
 from sst.predict.shape import VIEW, _map_back, affine_maps, lay_on, left_over, mean_shape
-from sst.predict.sources import Box, Target
+from sst.predict.sources import Target
 from sst.progress import with_progress
 from sst.train.model import record_url
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from cluster import storage
 from sst.corpora.annotation_files import read_annotations
-from sst.corpora.annotations import Annotations, Category, Id, Row, place_annotations
+from sst.corpora.annotations import Annotations, Box, Category, Id, Row, place_annotations
 from sst.corpora.interop import is_project
 from sst.corpora.listing import IMAGE_SUFFIXES, Listing, is_video, pictures_in, shown, sort_in
 from sst.corpora.pictures import picture_count, several_note, white_level, white_note
@@ -19,9 +19,6 @@ from sst.errors import UserError
 
 COUNTED_SUFFIXES = (".mp4", ".mov", ".m4v", ".3gp", ".avi")
 """Containers that store the number of frames; others derive it from their duration, and may be one off."""
-
-
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, eq=False)
