@@ -177,10 +177,13 @@ def read_bytes(url: str, start: int = 0) -> bytes:
 
 
 def write_bytes(url: str, data: bytes) -> None:
-    """Writes a whole file atomically, making its directory where needed."""
+    """Writes a whole file atomically, making its directory where needed; a pipe or device gets the data."""
     fs, path = filesystem(url)
     if not _is_local(fs):
         _patiently(fs, path, lambda: fs.pipe_file(path, data))
+        return
+    if Path(path).is_char_device() or Path(path).is_fifo():  # a file renamed onto it would take its place
+        Path(path).write_bytes(data)
         return
     with _written(Path(path), data) as temporary:
         os.replace(temporary, path)
@@ -206,7 +209,7 @@ def create_bytes(url: str, data: bytes) -> bool:
 @contextmanager
 def _written(target: Path, data: bytes) -> Iterator[Path]:
     """A temporary file beside the target that holds the data while inside."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make(target.parent)
     temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")  # the target's own name may be as long as names can be
     try:
         with open(temporary, "wb") as file:
@@ -225,6 +228,20 @@ def _written(target: Path, data: bytes) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _make(folder: Path) -> None:
+    """Makes a local directory, and those above it, where they are not there.
+
+    Raises:
+        OSError: if that is not possible; never of the kinds that mean that a file is there already, or is missing.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, "no directory, or a link to nothing", str(folder)) from error
+    except FileNotFoundError as error:  # as in /proc
+        raise OSError(errno.EROFS, "no directory can be made there", str(folder)) from error
+
+
 def remove(url: str) -> None:
     """Removes a file or a whole directory; nothing happens where there is none."""
     fs, path = filesystem(url)
@@ -237,7 +254,7 @@ def move(url: str, to: str) -> None:
     fs, path = filesystem(url)
     target = filesystem(to)[1]
     if _is_local(fs):
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        _make(Path(target).parent)
         os.replace(path, target)
         return
     # Not `mv`, of which a second try would find the source gone.

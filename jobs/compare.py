@@ -11,7 +11,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict
 
 from cluster import storage
-from sst.errors import UserError, exit_on_user_error
+from sst.errors import GivenPath, UserError, exit_on_user_error
 from sst.run.options import TrackingOptions, WithTracking
 from sst.run.preflight import check_kept
 from sst.tune.comparison import comparison_page, fetch_runs, is_page, track_page
@@ -22,9 +22,9 @@ class CompareCommand(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    runs: Annotated[tuple[GivenPath, ...], tyro.conf.Positional] = ()
     """Names or ids of runs; a sweep stands for its trials. All of the experiment's runs if none is given."""
-    out: str = "comparison.html"
+    out: GivenPath = "comparison.html"
     """File or URL of the page."""
     track: bool = True
     """Make the page an artifact in MLflow: of the sweep if all are its trials, else of a run named comparison."""

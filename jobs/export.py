@@ -14,7 +14,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import storage
-from sst.errors import exit_on_user_error
+from sst.errors import GivenPath, exit_on_user_error
 from sst.outputs import Outputs, refuse_overlap
 from sst.predict.card import PICTURE, card_files
 from sst.predict.export import EXPORTED, export
@@ -27,9 +27,9 @@ class Export(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[GivenPath, tyro.conf.Positional]
     """Run directory of `landmarks train`, or the model/ directory in it."""
-    out: str
+    out: GivenPath
     """Directory or URL that is written to."""
     fixed: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=8)], Annotated[int, Field(ge=8)]] | None = None
     """Number, height and width of the images for which model_fixed.onnx is written too, as TensorRT reads it."""

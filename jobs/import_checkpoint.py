@@ -8,7 +8,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import storage
-from sst.errors import UserError, exit_on_user_error
+from sst.errors import GivenPath, UserError, exit_on_user_error
 from sst.nn.network import LandmarkDetector
 from sst.predict.published import FILES, RECORD, Published, is_model, read_published, save_published
 from sst.run.preflight import check_kept
@@ -19,8 +19,10 @@ class ImportCheckpoint(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    file: Annotated[str, tyro.conf.Positional] = Field(description="The published .pth file: a local path or URL.")
-    out: str = Field(description="Directory or URL that the model is written to, as safetensors and JSON.")
+    file: Annotated[GivenPath, tyro.conf.Positional] = Field(
+        description="The published .pth file: a local path or URL."
+    )
+    out: GivenPath = Field(description="Directory or URL that the model is written to, as safetensors and JSON.")
     overwrite: bool = Field(False, description="Replace the model that is at --out.")
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cluster import storage
 from sst.config import TrainSettings
-from sst.errors import exit_on_user_error
+from sst.errors import GivenPath, exit_on_user_error
 from sst.run.console import print_outcome
 from sst.run.options import RunName, RunOptions, WithRuns, one_per_preset
 from sst.run.own import OwnCommand, train_own
@@ -31,7 +31,7 @@ class TrainCommand(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    shards: str
+    shards: GivenPath
     """Directory or URL of the shards that `landmarks pack` wrote."""
     name: RunName
     """Name of the run; the same name goes on with the same run."""

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from sst.corpora.validation import validate
 from sst.data.shards import Manifest
-from sst.errors import UserError, exit_on_user_error
+from sst.errors import GivenPath, UserError, exit_on_user_error
 
 
 class Validate(BaseModel):
@@ -21,7 +21,7 @@ class Validate(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    shards: Annotated[str, tyro.conf.Positional]
+    shards: Annotated[GivenPath, tyro.conf.Positional]
     """Directory or URL of the shards."""
 
 

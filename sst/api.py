@@ -12,13 +12,14 @@ from typing import overload
 import numpy as np
 import torch
 
+from sst.corpora.annotations import Box
 from sst.corpora.packing import MIN_SIDE
 from sst.corpora.pictures import white_level
 from sst.errors import UserError
 from sst.predict.naming import Name, learn_names, load_names
 from sst.predict.predictor import Found, Unreadable, needs_boxes, open_model, predict, white_of
 from sst.predict.published import import_published as import_published
-from sst.predict.sources import Box, Target, as_box
+from sst.predict.sources import Target, as_box
 from sst.report.finish import Outcome
 from sst.run.options import RunOptions
 from sst.run.own import OwnCommand

@@ -8,8 +8,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Annotated
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, ValidationError
+from pydantic_core import PydanticCustomError
 
 from cluster.storage import CredentialsInUrlError, StoreUnreachableError
 
@@ -25,6 +27,19 @@ class RunFailedError(Exception):
 class UnwellError(RunFailedError):
     """A run that was to end at a sign that it comes to nothing; its message has the sign and what to do."""
 
+
+EMPTY = "is empty; give a path or URL (is a variable of the shell unset?)"
+"""Said of an empty path, which would be the current directory or, joined to names, the root of the file system."""
+
+
+def _given(path: str) -> str:
+    if not path.strip():
+        raise PydanticCustomError("empty_path", EMPTY)
+    return path
+
+
+GivenPath = Annotated[str, AfterValidator(_given)]
+"""A path, pattern or URL of a command: not empty."""
 
 PLACES = {
     errno.EACCES: "choose a place that you may read and write",

@@ -152,6 +152,17 @@ def test_files_boxes_and_models_that_are_not_there_are_refused(world, tmp_path):
         sst.load(tmp_path / "none")
 
 
+def test_an_empty_path_is_refused_as_by_the_commands(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("sst.api.run_own", pytest.fail)
+    for call in (
+        lambda: sst.load(""), lambda: sst.train_own(""), lambda: sst.train_own(tmp_path, runs=" "),
+        lambda: sst.train_own(tmp_path, annotations=""), lambda: sst.name_landmarks("", tmp_path),
+        lambda: sst.name_landmarks(world, ""), lambda: sst.name_landmarks(world, "few.json", ""),
+    ):  # fmt: skip
+        with pytest.raises((UserError, ValueError), match="is empty; give a path or URL"):
+            call()
+
+
 def test_a_model_that_learnt_from_boxes_asks_for_them(world, tmp_path):
     model, record, _ = open_model(str(world))
     kept = {"network": NETWORK, "clusters": record.clusters, "visible": 0.5}

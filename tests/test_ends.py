@@ -73,6 +73,15 @@ def test_an_output_below_a_file(name, world, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("place", ["/proc/none", "/dev/null", "link"])
+def test_an_output_where_there_can_be_no_folder(name, place, world, tmp_path, capsys):
+    (tmp_path / "link").symlink_to("none/deeper")
+    code, said = ended(name, world, tmp_path / place, capsys)
+    assert code == 2 and str(tmp_path / place) in said and ("; choose " in said or "let --runs name" in said)
+    assert [path.name for path in tmp_path.iterdir()] == ["link"] and Path("/dev/null").is_char_device()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize(
     ("number", "expected", "words"),
     [(errno.EROFS, 2, "can be written to"), (errno.EACCES, 2, "may read and write"), (errno.ENOSPC, 1, "free some")],

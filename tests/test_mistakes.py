@@ -1,6 +1,7 @@
 """What people get wrong before anything is started: one clear message, exit code 2, nothing left behind."""
 
 import json
+import shlex
 import subprocess
 import sys
 from unittest.mock import MagicMock
@@ -148,6 +149,7 @@ def world(tmp_path_factory):
         ),
         "boxes.csv": "file,box_x0,box_y0,box_x1,box_y1\n0.png,1,1,60,60\n",
         "a_file": "text",
+        "zero": "\n",
     }.items():
         (root / name).write_text(text)
     for name in ("shards", "gone", "short", "no_json"):
@@ -181,6 +183,28 @@ VERBS = {
     "export": export.main,
     "import_checkpoint": import_checkpoint.main,
 }
+
+EMPTY = [
+    ("pack", PACK + "''"),
+    ("pack", PACK + "{}/pics --annotations ''"),
+    ("pack", "folder --images {}/pics --out ''"),
+    ("pack", "celeba --out {}/out --root ''"),
+    ("train", TRAIN + "''"),
+    ("train", "toy-cpu --name x --runs '' --shards {}/shards"),
+    ("train", "own --runs {}/runs --images ''"),
+    ("train", "own --runs ' ' --images {}/many"),
+    ("train", "own --runs {}/runs --images {}/many --annotations ''"),
+    ("evaluate", "run ''"),
+    ("predict", "'' {}/pics --out {}/out"),
+    ("predict", "{}/model '' --out {}/out"),
+    ("predict", "{}/model {}/pics '' --out {}/out"),
+    ("predict", "{}/model {}/pics --boxes '' --out {}/out"),
+    ("name", "{}/model --annotations ''"),
+    ("name", "{}/model --annotations {}/boxes.csv --images ''"),
+    ("export", "'' --out {}/out"),
+    ("import_checkpoint", "'' --out {}/out"),
+]
+"""What an unset variable of the shell gives: it would be the current directory, or the root of the file system."""
 
 MISTAKES = [
     ("pack", PACK + "{}/none", "none: no such folder; give a folder of images"),
@@ -262,6 +286,14 @@ MISTAKES = [
     ("predict", "{}/model {}/pics --boxes {}/shares.csv --out {}/out", "1 of 1 boxes can't be meant so"),
     ("predict", "{}/model {}/pics --boxes {}/cats.csv --out {}/out", "objects of 2 categories"),
     ("predict", "{}/model {}/pics", "--out"),
+    (
+        "predict",
+        "{}/model {}/pics --boxes {}/pics --out {}/out",
+        "pics: --boxes takes CSV or COCO JSON, no project of an",
+    ),
+    ("predict", "{}/model {}/pics --boxes {}/none.xml --out {}/out", "export its boxes as COCO"),
+    ("predict", "{}/model {}/pics --boxes {}/zero --out {}/out", "zero: an empty file; expected CSV or COCO JSON"),
+    ("name", "{}/model --annotations {}/zero --images {}/pics", "zero: an empty file; expected CSV or COCO JSON"),
     ("name", "{}/model --annotations {}/none.json", "none.json: can't read the annotations"),
     ("name", "{}/model --annotations {}/boxes.csv --images {}/pics", "no annotated points in it; annotate a handful"),
     ("name", "{}/model --annotations {}/missing.csv --images {}/pics", "1 of 1 annotated images are not in"),
@@ -273,6 +305,7 @@ MISTAKES = [
         "model.onnx is there already, and not from `landmarks export` (no record names it)",
     ),
     ("import_checkpoint", "{}/none.pth --out {}/out", "none.pth"),
+    *((verb, typed, "is empty; give a path or URL (is a variable of the shell unset?)") for verb, typed in EMPTY),
 ]
 """What somebody types, and what the message has to say."""
 
@@ -280,7 +313,9 @@ MISTAKES = [
 @pytest.mark.parametrize(("verb", "typed", "said"), MISTAKES, ids=[f"{v} {t}" for v, t, _ in MISTAKES])
 def test_a_mistake_is_named_with_its_place_and_remedy_and_leaves_nothing(verb, typed, said, world, capsys):
     before = sorted(path for path in world.rglob("*"))
-    text = " ".join(refused(VERBS[verb], typed.replace("{}", str(world)).split(), capsys).replace("│", " ").split())
+    text = " ".join(
+        refused(VERBS[verb], shlex.split(typed.replace("{}", str(world))), capsys).replace("│", " ").split()
+    )
     assert said in text and "Traceback" not in text
     left = [path for path in world.rglob("*") if path not in before]
     # `own` packs before it can tell that the time is too short; the shards serve the next try.

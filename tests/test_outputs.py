@@ -1,5 +1,7 @@
 """Nobody's files are lost: a verb replaces and removes its own alone, and only when the new ones are complete."""
 
+import json
+import os
 from pathlib import Path
 
 import cv2
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cluster import storage
 from jobs import export, pack, predict
 from sst.config import NetworkSettings
 from sst.data.shards import Manifest
@@ -183,3 +186,13 @@ def test_outputs_on_an_object_store():
         Outputs("memory://outputs", "predict", False, ("a", "b"))
     with pytest.raises(UserError, match="not from `landmarks export`"):
         Outputs("memory://outputs", "export", True, ("b",))
+
+
+def test_a_pipe_or_device_is_written_to_and_not_replaced(tmp_path):
+    """As `--json /dev/stdout` or `--out /dev/null`: a file renamed onto it would take its place."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    storage.write_json(str(pipe), [1])
+    assert pipe.is_fifo() and json.loads(os.read(reader, 100)) == [1] and list(tmp_path.iterdir()) == [pipe]
+    os.close(reader)

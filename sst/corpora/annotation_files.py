@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sst.corpora.annotations import Annotations, Category, Id, Row, Tally, checked
+from sst.corpora.annotations import MOSTLY, Annotations, Box, Category, Id, Row, Tally, around, checked
 from sst.corpora.listing import listed
 from sst.errors import UserError
 
@@ -35,6 +35,8 @@ def read_annotations(path: str, category: str | None = None) -> Annotations:
         text = data.decode("utf-16" if marked else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't read the annotations ({error}); expected CSV or COCO JSON in UTF-8") from error
+    if not text.strip():
+        raise UserError(f"{path}: an empty file; expected CSV or COCO JSON")
     tally = Tally()
     is_json = path.lower().endswith(".json") or text.lstrip()[:1] in ("{", "[")
     return checked(parse_coco(path, text, tally) if is_json else parse_csv(path, text, tally), tally, category)
@@ -334,6 +336,8 @@ def _is_size_of_box(rows: Sequence[Row]) -> bool:
 
 # COCO
 
+MASKS = "masks (RLE) without a bbox, which are not read"
+
 
 def parse_coco(path: str, text: str, tally: Tally) -> Annotations:
     """Parses COCO keypoints or boxes. Crowds are left out; a point of visibility 0 is unknown, of 1 hidden.
@@ -345,6 +349,7 @@ def parse_coco(path: str, text: str, tally: Tally) -> Annotations:
         content = json.loads(text)
         if not isinstance(content, dict | list):
             raise ValueError(f"a {type(content).__name__}")
+        refuse_results(path, content)
         if isinstance(content, list) or "images" not in content or "annotations" not in content:
             has = f"is a list of {len(content)}" if isinstance(content, list) else f"has the keys {listed(content)}"
             raise UserError(f"{path}: not COCO keypoints JSON: it {has}; images and annotations are expected")
@@ -365,12 +370,30 @@ def parse_coco(path: str, text: str, tally: Tally) -> Annotations:
     if strays > len(content["annotations"]) / 2:
         raise UserError(f"{path}: {strays} of {len(content['annotations'])} annotations are of images that it does not "
                         "list: their image_id is no id of images")  # fmt: skip
+    total, masks = len(content["annotations"]), tally.count(MASKS)
+    if masks > MOSTLY * total and all(row.points is None for row in rows):
+        raise UserError(f"{path}: {masks} of {total} objects have only a mask (RLE), which is not read; give each a "
+                        "bbox, as pycocotools.mask.toBbox makes it of a mask")  # fmt: skip
     ids: dict[str, Id] = {}
     for image in images.values():
         ids.setdefault(image["file_name"], image["id"])
     annotated = {row.file for row in rows}
     bare = [_image_row(each) for each in images.values() if each["file_name"] not in annotated]
     return Annotations(path, (*rows, *(row for row in bare if row.split or row.subject)), image_ids=ids)
+
+
+def refuse_results(path: str, content: Any) -> None:
+    """Refuses what a detector found, in COCO's form for it: a list of annotations alone.
+
+    Raises:
+        UserError: if it is such a list.
+    """
+    if isinstance(content, list) and content and isinstance(content[0], dict) and "image_id" in content[0]:
+        raise UserError(
+            f"{path}: a list of COCO results, which does not say which pictures its image ids are; give a COCO file "
+            'with images and annotations: the "images" of the file that was predicted on, and this list as its '
+            '"annotations"'
+        )
 
 
 def _key(identifier: Any) -> str:
@@ -382,7 +405,7 @@ def _coco_images(path: str, entries: Sequence[dict[str, Any]], tally: Tally) -> 
     images: dict[str, dict[str, Any]] = {}
     names: dict[str, Any] = {}
     for entry in entries:
-        key, name = _key(_identifier(entry["id"])), entry["file_name"]
+        key, name = _key(_identifier(entry["id"])), entry.get("file_name")
         if entry["id"] is None:
             raise UserError(f"{path}: {name} has no image id")
         if not isinstance(name, str) or not name:
@@ -452,13 +475,8 @@ def _coco_row(
     tally: Tally,
 ) -> Row | None:
     """One annotation; None for an object of which nothing is said."""
-    box = points = visible = None
-    if entry.get("bbox"):
-        numbers = _numbers(entry["bbox"], f"{path}: {name}: bbox").tolist()
-        if len(numbers) != 4:
-            raise UserError(f"{path}: {name}: bbox has {len(numbers)} numbers; x, y, width and height are expected")
-        x, y, width, height = numbers
-        box = (x, y, x + width, y + height) if numbers != [-1] * 4 else None
+    points = visible = None
+    box = _coco_box(path, name, entry, tally)
     category = next(iter(categories.values())) if len(categories) == 1 else None
     if (identifier := entry.get("category_id")) is not None:
         category = categories.get(_key(identifier), Category(_identifier(identifier), str(identifier)))
@@ -473,7 +491,36 @@ def _coco_row(
         visible = triples[:, 2] > 1
         if not np.isin(triples[:, 2], (0, 1, 2)).all():
             tally.add("objects with visibilities other than 0, 1, 2 (above 0 is annotated, above 1 visible)", name)
-    if (box is None or not any(box)) and points is None:
+    if box is None and points is None:
         tally.add("objects without box and points left out", name)
         return None
     return replace(_image_row(image, entry), box=box, points=points, visible=visible, category=category)
+
+
+def _coco_box(path: str, name: str, entry: Mapping[str, Any], tally: Tally) -> Box | None:
+    """The box of an annotation, or else the one around its outline, which is measured from the same corner."""
+    numbers = _numbers(entry["bbox"], f"{path}: {name}: bbox").tolist() if entry.get("bbox") else []
+    outline = entry.get("segmentation")
+    if len(numbers) not in (0, 4):
+        raise UserError(f"{path}: {name}: bbox has {len(numbers)} numbers; x, y, width and height are expected")
+    if numbers and numbers not in ([0] * 4, [-1] * 4):
+        x, y, width, height = numbers
+        attributes = entry.get("attributes")  # of CVAT; an outline is of the rotated box already
+        degrees = attributes.get("rotation") if isinstance(attributes, dict) and not outline else None
+        return around((x, y, x + width, y + height), degrees if isinstance(degrees, int | float) else 0, name, tally)
+    if isinstance(outline, dict):
+        tally.add(MASKS, name)
+    if not outline or isinstance(outline, dict):
+        return None
+    parts = [_numbers(each, f"{path}: {name}: segmentation") for each in _parts(outline)]
+    if odd := [part.size for part in parts if part.size % 2]:
+        raise UserError(f"{path}: {name}: segmentation has {odd[0]} numbers; x and y of each corner are expected")
+    tally.add("boxes taken from the outline, as there is no bbox", name)
+    corners = np.concatenate(parts).reshape(-1, 2)
+    (x0, y0), (x1, y1) = corners.min(0).tolist(), corners.max(0).tolist()
+    return x0, y0, x1, y1
+
+
+def _parts(outline: Any) -> list[Any]:
+    """The polygons of an outline, which has one, or a list of them."""
+    return outline if isinstance(outline, list) and isinstance(outline[0], list) else [outline]

@@ -7,6 +7,7 @@ count what they leave out or change, in `Annotations.notes`, and refuse a file m
 Conventions as of `sst.corpora.packing`: (x, y) in pixels of the upright image, pixel centres at integers.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,9 @@ from sst.errors import UserError
 
 Id = int | str
 """Identifier of an image or a category in a COCO file."""
+
+Box = tuple[float, float, float, float]
+"""x0, y0, x1, y1 in pixels of the image."""
 
 ALL = "all"
 """As a category: those of every name."""
@@ -65,7 +69,7 @@ class Row:
     file: str
     split: str = ""
     subject: str | None = None
-    box: tuple[float, float, float, float] | None = None
+    box: Box | None = None
     points: np.ndarray | None = None
     visible: np.ndarray | None = None
     size: tuple[float, float] | None = None
@@ -125,6 +129,18 @@ class Tally:
             for kind, names in self.names.items()
             if names and (not kinds or kind in kinds)
         )
+
+
+def around(box: Box, degrees: float, name: str, tally: Tally) -> Box:
+    """The upright rectangle around a box that is turned about its centre; it is counted that it is turned."""
+    if degrees % 180 == 0:
+        return box
+    tally.add("rotated boxes, taken by the upright rectangle around them", name)
+    corners = np.array(box, np.float64).reshape(2, 2)
+    cosine, sine = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
+    middle, half = corners.mean(0), np.array([[cosine, sine], [sine, cosine]]) @ np.diff(corners, axis=0)[0] / 2
+    x0, y0, x1, y1 = map(float, (*(middle - half), *(middle + half)))
+    return x0, y0, x1, y1
 
 
 def checked(found: Annotations, tally: Tally, category: str | None = None) -> Annotations:
@@ -230,8 +246,13 @@ def place_annotations(found: Annotations, pictures: Mapping[str, Path], where: s
     named = dict.fromkeys(row.file for row in found.rows)
     meant = match_names([*named, *(name for name in found.image_ids if name not in named)], pictures)
     if missing := [name for name in named if name not in meant]:
+        taken = set(meant.values())
+        free = Ends(name for name in pictures if name not in taken)
+        several = {name: " or ".join(map(shown, free.called(name)[:3])) for name in sorted(missing)}
         raise UserError(
-            f"{found.path}: {len(missing)} of {len(named)} files named there are not {where}: {listed(sorted(missing))}"
+            f"{found.path}: {len(missing)} of {len(named)} files named there are not {where}"
+            f"{', or may be several' if any(several.values()) else ''}: "
+            f"{listed(f'{name} ({which})' if which else name for name, which in several.items())}"
         )
     called: dict[str, str] = {}
     for name, file in meant.items():
@@ -250,8 +271,11 @@ def place_annotations(found: Annotations, pictures: Mapping[str, Path], where: s
     if any(row.box is not None for row in rows):
         tally.names["objects without a box, seen whole"] += [row.file for row in rows if row.box is None]
         tally.names["images without an object in it, seen whole"] += [name for name in pictures if name not in frames]
-    if moved := [name for name, file in matched.items() if name != file]:
-        tally.names["names taken without their leading folders"] = moved
+    for name, file in matched.items():
+        if PurePosixPath(_plain(name)).name != PurePosixPath(_plain(file)).name:
+            tally.add("names without ending taken for the picture called so", name)
+        elif name != file:
+            tally.add("names taken without their leading folders", name)
     return replace(
         found,
         rows=tuple(_without_strays(rows, possible)),
@@ -266,8 +290,7 @@ def match_names(names: Sequence[str], pictures: Iterable[str]) -> dict[str, str]
 
     The same name; else one of the same text, where backslashes separate folders too, letters are composed (NFC) or not
     (NFD), and bytes that are no UTF-8 are written as `shown` does; else, where exactly one picture that is left is
-    called alike, a name that has more or fewer leading folders (tools write `images/default/1.jpg`, or a path of
-    another machine).
+    called alike, as of `Ends`.
 
     Returns:
         Names of pictures by the names that have one.
@@ -276,22 +299,35 @@ def match_names(names: Sequence[str], pictures: Iterable[str]) -> dict[str, str]
     known = {_plain(picture): picture for picture in sorted(exact, reverse=True)}
     matched = {name: name if name in exact else known[_plain(name)] for name in names if _plain(name) in known}
     taken = set(matched.values())
-    by_end: dict[str, list[tuple[tuple[str, ...], str]]] = defaultdict(list)
-    for plain, picture in known.items():
-        if picture not in taken and (parts := PurePosixPath(plain).parts):
-            by_end[parts[-1]].append((parts, picture))
-    for name in names:
-        if name in matched or not (parts := PurePosixPath(_plain(name)).parts):
-            continue
-        alike = []
-        for other, picture in by_end[parts[-1]]:
-            shared = min(len(parts), len(other))
-            if parts[-shared:] == other[-shared:]:
-                alike.append((shared, picture))
-        best = [picture for shared, picture in alike if shared == max(alike)[0]]
-        if len(best) == 1:
-            matched[name] = best[0]
-    return matched
+    left = Ends(picture for picture in exact if picture not in taken)
+    alike = {name: left.called(name) for name in names if name not in matched}
+    return matched | {name: found[0] for name, found in alike.items() if len(found) == 1}
+
+
+class Ends:
+    """Pictures by the ends of their names."""
+
+    def __init__(self, pictures: Iterable[str]) -> None:
+        """Notes their last parts, with and without their endings."""
+        self._by_last: dict[str, list[tuple[tuple[str, ...], bool, str]]] = defaultdict(list)
+        for picture in sorted(pictures):
+            if (plain := PurePosixPath(_plain(picture))).parts:
+                for parts, whole in ((plain.parts, True), (plain.with_suffix("").parts, False)):
+                    self._by_last[parts[-1]].append((parts, whole, picture))
+
+    def called(self, name: str) -> list[str]:
+        """Those that are called alike but for leading folders, of which either may have more: the ones that share most.
+
+        Tools write `images/default/1.jpg`, or a path of another machine. If there are none, a name may lack the ending.
+        """
+        parts = PurePosixPath(_plain(name)).parts
+        alike = [
+            ((whole, min(len(parts), len(other))), picture)
+            for other, whole, picture in (self._by_last.get(parts[-1], ()) if parts else ())
+            if parts[-len(other) :] == other[-len(parts) :]
+        ]
+        best = max((rank for rank, _ in alike), default=None)
+        return [picture for rank, picture in alike if rank == best]
 
 
 def _plain(name: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sst.corpora.faces import Box
+from sst.corpora.annotations import Box
 from sst.corpora.files import additions, find, names_in, read_mat, refuse_missing, require_boxes
 from sst.corpora.packing import Item, SourceImage, read_image
 from sst.data.shards import Split

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sst.corpora.faces import Box, box_of_five, grown_box
+from sst.corpora.annotations import Box
+from sst.corpora.faces import box_of_five, grown_box
 from sst.corpora.files import additions, find, names_in, read_lines, refuse_missing, require_boxes
 from sst.corpora.packing import Item, SourceImage, UnusableImage, read_image
 from sst.data.shards import Split

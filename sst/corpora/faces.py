@@ -5,7 +5,7 @@ Boxes are x0, y0, x1, y1 in pixels of the image. Source of the rules: Mallis et 
 
 import numpy as np
 
-Box = tuple[float, float, float, float]
+from sst.corpora.annotations import Box
 
 _SIDE, _UP, _DOWN = 1.1, 1.6, 1.2
 """Reach of a face in distances from the middle of the eyes to the middle of the mouth."""

@@ -12,7 +12,7 @@ from sst.corpora.annotation_files import read_annotations
 from sst.corpora.annotations import Annotations, Row, place_annotations
 from sst.corpora.listing import Listing, copies, listed, pictures_in, same_name, shown
 from sst.corpora.packing import Item, SourceImage, read_image, split_of
-from sst.corpora.pictures import white_level, white_note
+from sst.corpora.pictures import several_note, white_level, white_note
 from sst.data.shards import Split
 
 
@@ -52,6 +52,10 @@ def items(
         rows = placed.by_file()
         for note in placed.notes:
             say(f"{annotations}: {note}")
+        if not rows:
+            say(f"{annotations}: no object in it, so all images are seen whole")
+    for note in several_note({name: root / name for name in names}):
+        say(note)
     if (white := white_level(root / name for name in names)) is not None:
         say(white_note(white))
     each = [(name, n, row) for name in (*names, *sorted(frames)) for n, row in enumerate(rows.get(name, [Row(name)]))]
@@ -80,6 +84,10 @@ def _splits(
 ) -> list[Split]:
     """The split of every item: what is equal, and all objects of one picture, are test images if one of them is."""
     first = copies(root, list(dict.fromkeys(name for name, _, _ in each)))
+    if again := [name for name, other in first.items() if name != other]:
+        say(
+            f"{len(again)} pictures are links to others or copies of them, and are used too: {listed(sorted(again), 3)}"
+        )
     same = [first.get(name, name) for name, _, _ in each]
     splits = [row.split or split_of(same_name(shown(name)), test_share) for name, _, row in each]
     tested = {name for name, split in zip(same, splits, strict=True) if split == "test"}

@@ -12,10 +12,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from sst.corpora.annotations import Annotations, Row, Tally, checked
-from sst.corpora.listing import listed
+from sst.corpora.listing import is_video, listed
 from sst.corpora.packing import UnusableImage
 from sst.corpora.pictures import picture_frame
-from sst.corpora.projects import CORNER, Labelled, Project, is_video, read_deeplabcut, read_project, reader
+from sst.corpora.projects import CORNER, Labelled, Project, read_deeplabcut, read_project, reader
 from sst.errors import UserError
 
 DRAWN = "_labeled"

@@ -19,6 +19,12 @@ from sst.errors import UserError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 """Endings of pictures, which are not looked into here. Files of other endings are pictures if they begin like one."""
 
+VIDEO_SUFFIXES = tuple(
+    ".mp4 .mov .avi .mkv .webm .m4v .wmv .asf .flv .mpg .mpeg .ts .mts .m2ts .vob .3gp .ogv .y4m .mjpeg .mjpg .mj2 "
+    ".h264 .h265".split()
+)
+"""Endings of videos."""
+
 RAW_SUFFIXES = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw")
 """Raw files of cameras: they begin like TIFF files, of which only a thumbnail would be read."""
 
@@ -134,6 +140,11 @@ def _search(root: Path, listing: Listing) -> None:
 def _leads_back(link: Path) -> bool:
     """Whether a link leads to a folder that it lies in itself."""
     return os.path.realpath(link.parent).startswith(os.path.join(os.path.realpath(link), ""))
+
+
+def is_video(name: str) -> bool:
+    """Whether a file's name is that of a video."""
+    return name.lower().endswith(VIDEO_SUFFIXES)
 
 
 def is_run(folder: str) -> bool:

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from sst.corpora import torch7
-from sst.corpora.faces import Box, extent_box, grown_box
+from sst.corpora.annotations import Box
+from sst.corpora.faces import extent_box, grown_box
 from sst.corpora.files import additions, find, names_in, read_mat, refuse_missing, require_boxes
 from sst.corpora.packing import Item, SourceImage, UnusableImage, read_image
 from sst.data.shards import Split

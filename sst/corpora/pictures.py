@@ -1,12 +1,13 @@
 """What kind of picture a file is: sides, rotation, number of pictures, bits of its values."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sst.corpora.listing import listed
 from sst.data.jpeg import MAX_PIXELS
 
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -14,7 +15,10 @@ _ORIENTATION = 0x0112  # the EXIF tag
 FULL = 65535
 """The largest value of 16 bits."""
 
-SHALLOW_SUFFIXES = (".jpg", ".jpeg", ".webp", ".bmp")
+SINGLE_SUFFIXES = (".jpg", ".jpeg", ".bmp")
+"""Formats of one picture; what cameras put behind it in a JPEG file are previews of it."""
+
+SHALLOW_SUFFIXES = (*SINGLE_SUFFIXES, ".webp")
 """Formats without 16-bit values: their headers need not be looked at."""
 
 
@@ -68,6 +72,14 @@ def picture_count(path: Path) -> int | None:
             return int(getattr(file, "n_frames", 1))
     except Exception:  # as above
         return None
+
+
+def several_note(pictures: Mapping[str, Path]) -> list[str]:
+    """What is said of files with more than one picture, by name: a line, or none."""
+    files = {name: path for name, path in pictures.items() if path.suffix.lower() not in SINGLE_SUFFIXES}
+    several = [name for name, path in files.items() if (picture_count(path) or 1) > 1]
+    what = "only the first of several pictures in a file (animations, pages) is used"
+    return [f"{what}: {len(several)} ({listed(several, 3)})"] if several else []
 
 
 def _is_deep(file: Any) -> bool:

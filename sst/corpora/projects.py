@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.etree import ElementTree as ET
@@ -24,11 +24,16 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import yaml
 
+from sst.corpora.annotation_files import refuse_results
+from sst.corpora.annotations import Box, Tally, around
+from sst.corpora.listing import is_video, listed
 from sst.errors import UserError
 
 CORNER = 0.5
 
-Box = tuple[float, float, float, float]
+UNREAD = "shapes of the kind {}, which are not read"
+CVAT_AGAIN = "export the task anew as 'CVAT for images 1.1'"
+
 Place = tuple[float, float]
 
 
@@ -101,6 +106,8 @@ def read_project(path: str) -> Project:
     except Exception as error:  # the libraries raise many types on damaged input
         raise UserError(f"{path}: not as {TITLES[read]} writes it ({type(error).__name__}: {error})") from error
     if not project.objects:
+        if project.notes:
+            raise UserError(f"{path}: no points or boxes in it ({'; '.join(project.notes)})")
         raise UserError(
             f"{path}: nothing in it was annotated by a person; predictions count once they are corrected or accepted"
         )
@@ -143,7 +150,7 @@ def read_deeplabcut(path: str) -> Project:
         config = place / "config.yaml" if place.is_dir() else place
         if not config.is_file():
             raise UserError(f"{path}: no config.yaml in it, so no DeepLabCut project")
-        scorer = yaml.safe_load(config.read_text(encoding="utf-8"))["scorer"]
+        scorer = _scorer(path, config)
         tables = sorted(config.parent.glob(f"labeled-data/*/CollectedData_{scorer}.csv"))
         if not tables:
             raise UserError(f"{path}: no labeled-data/*/CollectedData_{scorer}.csv; label images in DeepLabCut first")
@@ -154,11 +161,29 @@ def read_deeplabcut(path: str) -> Project:
     return Project(list(names), [each for _, objects, _ in found for each in objects], notes=notes)
 
 
+def _scorer(path: str, config: Path) -> str:
+    """Who labelled a DeepLabCut project, as its settings say."""
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+        raise UserError(f"{config}: not YAML ({line}{error.problem}); mend it, or give a table of labels") from error
+    if isinstance(content, dict) and "scorer" in content:
+        return str(content["scorer"])
+    has = f"has no scorer, but {listed(content)}" if isinstance(content, dict) else "has no scorer"
+    raise UserError(
+        f"{path}: no DeepLabCut project: {config.name} {'is empty' if content is None else has}; give the config.yaml "
+        "that DeepLabCut wrote, or a table of labels (CollectedData_*.csv)"
+    )
+
+
 def _deeplabcut_table(path: Path) -> tuple[list[str], list[Labelled], int]:
     """Names of the points, objects, and how many points belong to no animal."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = [row for row in csv.reader(file) if row]
     header = {row[0]: row for row in rows[:4] if row[0] in ("scorer", "individuals", "bodyparts", "coords")}
+    if missing := [line for line in ("bodyparts", "coords") if line not in header]:
+        raise UserError(f"{path}: no line {missing[0]!r} at its beginning, so no table of DeepLabCut's labels")
     coords, parts = header["coords"], header["bodyparts"]
     first = coords.index("x")  # what stands before is the image, in one column or in three
     animals = header.get("individuals", [""] * len(coords))
@@ -171,7 +196,7 @@ def _deeplabcut_table(path: Path) -> tuple[list[str], list[Labelled], int]:
         image = "/".join(cell.strip("/") for cell in row[:first]).replace("\\", "/")
         animal_places: dict[str, dict[str, Place]] = {}
         for animal, part, at in columns:
-            x, y = (float(cell or "nan") for cell in row[at : at + 2])
+            x, y = (_cell(f"{path}, {image}: {part}", cell) for cell in row[at : at + 2])
             if math.isfinite(x) and math.isfinite(y):
                 animal_places.setdefault(animal, {})[part] = (x, y)
         left += sum(len(places) for animal, places in animal_places.items() if animal in alone)
@@ -179,18 +204,37 @@ def _deeplabcut_table(path: Path) -> tuple[list[str], list[Labelled], int]:
     return list(dict.fromkeys(part for animal, part, _ in columns if animal not in alone)), objects, left
 
 
+def _cell(place: str, text: str) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:
+        raise UserError(f"{place}: {text!r} is not a number; decimal points are expected") from None
+
+
 def read_label_studio(path: str) -> Project:
     """An export in the format JSON: of each task the last annotation that was not cancelled."""
     tasks = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    refuse_results(path, tasks)
+    if not tasks:
+        raise UserError(f"{path}: an empty list, so neither COCO nor a project of Label Studio")
+    tally = Tally()
     objects: list[Labelled] = []
     for task in tasks:
-        if "data" not in task:
-            raise UserError(f"{path}: not Label Studio's JSON; export the project as JSON, not JSON-MIN")
-        done = [each for each in task.get("annotations", task.get("completions", ())) if not each.get("was_cancelled")]
+        if not isinstance(task, dict) or "data" not in task:
+            raise UserError(
+                f"{path}: a list that is not Label Studio's JSON; export the project as JSON, not JSON-MIN, or give "
+                "COCO with images and annotations"
+            )
+        given = task.get("annotations") or task.get("completions") or ()
+        done = [each for each in given if not each.get("was_cancelled")]
         if done:
-            objects += _task(f"{path}, task {task.get('id', len(objects))}", _task_image(task), done[-1]["result"])
+            place, image = f"{path}, task {task.get('id', len(objects))}", _task_image(task)
+            for result in done[-1]["result"]:
+                if result["type"] not in ("keypointlabels", "rectanglelabels", "relation"):
+                    tally.add(UNREAD.format(result["type"]), image)
+            objects += _task(place, image, done[-1]["result"])
     names = dict.fromkeys(name for each in objects for name in each.places)
-    return Project(list(names), objects)
+    return Project(list(names), objects, notes=tally.lines())
 
 
 def _task_image(task: Mapping[str, Any]) -> str:
@@ -257,42 +301,71 @@ def read_cvat(path: str) -> Project:
     kinds = sorted({str(each.get("label")) for each in root.iter("skeleton")})
     if len(kinds) > 1:
         raise UserError(f"{path}: skeletons of several labels ({', '.join(kinds)}); export those of one label alone")
-    elements = [element for image in root.iter("image") for element in image.iter("points")]
-    names = dict.fromkeys(name for element in elements for name, _ in _cvat_places(element))
-    return Project(list(names), [each for image in root.iter("image") for each in _cvat_image(path, image)])
+    tally = Tally()
+    images = [(f"{path}: image {image.get('name')}", image) for image in root.iter("image")]
+    objects = [each for place, image in images for each in _cvat_image(place, image, tally)]
+    points = [(place, element) for place, image in images for element in image.iter("points")]
+    names = dict.fromkeys(name for place, element in points for name, _ in _cvat_places(place, element))
+    return Project(list(names), objects, notes=tally.lines())
 
 
-def _cvat_places(element: ET.Element) -> list[tuple[str, Place]]:
+def _cvat_text(place: str, element: ET.Element, attribute: str) -> str:
+    if (text := element.get(attribute)) is None:
+        raise UserError(f"{place}: <{element.tag}> without {attribute}; {CVAT_AGAIN}")
+    return text
+
+
+def _cvat_number(place: str, element: ET.Element, attribute: str) -> float:
+    text = _cvat_text(place, element, attribute)
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{place}: {attribute} of <{element.tag}> is {text!r}, not a number; {CVAT_AGAIN}") from None
+
+
+def _cvat_places(place: str, element: ET.Element) -> list[tuple[str, Place]]:
     """Names and places of a shape of points: its label, numbered if it has several."""
-    label = str(element.get("label"))
-    pairs = [pair.split(",") for pair in str(element.get("points")).split(";")]
+    label, text = _cvat_text(place, element, "label"), _cvat_text(place, element, "points")
+    try:
+        pairs = [(float(x) - CORNER, float(y) - CORNER) for x, y in (pair.split(",") for pair in text.split(";"))]
+    except ValueError:
+        raise UserError(f"{place}: points are {text[:60]!r}; x,y;x,y;... with decimal points is expected; {CVAT_AGAIN}"
+                        ) from None  # fmt: skip
     names = [label] if len(pairs) == 1 else [f"{label}_{number}" for number in range(len(pairs))]
-    return [(name, (float(x) - CORNER, float(y) - CORNER)) for name, (x, y) in zip(names, pairs, strict=True)]
+    return list(zip(names, pairs, strict=True))
 
 
-def _cvat_image(path: str, image: ET.Element) -> Iterator[Labelled]:
-    name, size = str(image.get("name")), (int(str(image.get("width"))), int(str(image.get("height"))))
-    skeletons = image.findall("skeleton")
+def _cvat_box(place: str, name: str, element: ET.Element, tally: Tally) -> Box:
+    x0, y0, x1, y1 = (_cvat_number(place, element, side) for side in ("xtl", "ytl", "xbr", "ybr"))
+    degrees = _cvat_number(place, element, "rotation") if "rotation" in element.attrib else 0.0
+    return around((x0, y0, x1, y1), degrees, name, tally)
+
+
+def _cvat_image(place: str, image: ET.Element, tally: Tally) -> Iterator[Labelled]:
+    name = _cvat_text(place, image, "name")
+    size = (round(_cvat_number(place, image, "width")), round(_cvat_number(place, image, "height")))
+    for element in image:
+        if element.tag not in ("skeleton", "points", "box"):
+            tally.add(UNREAD.format(element.tag), name)
     groups: dict[Any, list[ET.Element]] = {}
-    for number, skeleton in enumerate(skeletons):
+    for number, skeleton in enumerate(image.findall("skeleton")):
         groups[skeleton.get("group_id") or f"skeleton {number}"] = skeleton.findall("points")
     for element in image.findall("points"):
         groups.setdefault(element.get("group_id"), []).append(element)
     boxes: dict[Any, Box] = {}
     for number, element in enumerate(image.findall("box")):
-        x0, y0, x1, y1 = (float(str(element.get(side))) for side in ("xtl", "ytl", "xbr", "ybr"))
-        boxes[element.get("group_id") or f"box {number}"] = (x0, y0, x1, y1)
+        boxes[element.get("group_id") or f"box {number}"] = _cvat_box(place, name, element, tally)
     if len(boxes) == len(groups) == 1 and not boxes.keys() & groups.keys():
         boxes = {next(iter(groups)): next(iter(boxes.values()))}
     for group in dict.fromkeys((*groups, *boxes)):
         places: dict[str, Place] = {}
         hidden = set()
         for element in groups.get(group, ()):
-            for label, each in _cvat_places(element):
+            for label, each in _cvat_places(place, element):
                 if element.get("outside") == "1":
                     continue
                 if label in places:
-                    raise UserError(f"{path}: {name}: two points {label!r} of one object; group each object's points")
+                    raise UserError(f"{place}: two points {label!r} of one object; group each object's points")
                 places[label] = each
                 if element.get("occluded") == "1":
                     hidden.add(label)
@@ -355,11 +428,6 @@ def read_nwb(path: str) -> Project:
                     if places := _finite(names, points):
                         objects.append(Labelled(_slashes(image), number_in, places))
     return Project(_one_skeleton(path, found), objects)
-
-
-def is_video(file: str) -> bool:
-    """Whether a file's name is that of a video rather than of an image."""
-    return PurePosixPath(_slashes(file)).suffix.lower() in (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mj2")
 
 
 def _one_skeleton(path: str, skeletons: Iterable[tuple[str, ...]]) -> list[str]:

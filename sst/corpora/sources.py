@@ -13,7 +13,7 @@ from sst.corpora import bbcpose, celeba, folder, human36m, ls3d, packing, toy
 from sst.corpora.packing import Item
 from sst.corpora.validation import validate
 from sst.data.shards import MANIFEST, Manifest, ShardWriter
-from sst.errors import UserError
+from sst.errors import GivenPath, UserError
 from sst.outputs import refuse_overlap
 from sst.progress import with_progress
 
@@ -23,7 +23,7 @@ class Pack(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    out: str = Field(description="Directory or URL that the shards and the manifest are written to.")
+    out: GivenPath = Field(description="Directory or URL that the shards and the manifest are written to.")
     protocol: str | None = Field(None, description="Scoring protocol, where not the one that the data suggest.")
     context: float = Field(2.0, ge=1, le=10, description="Sides of the stored crop as a multiple of the box's.")
     seed: int = Field(0, ge=0, description="Seed of the order of the samples (and of the drawings).")
@@ -36,8 +36,8 @@ class Pack(BaseModel):
 class Folder(Pack):
     """A folder of images, with or without annotations."""
 
-    images: str = Field(description="Folder of images; subfolders are searched too.")
-    annotations: str | None = Field(
+    images: GivenPath = Field(description="Folder of images; subfolders are searched too.")
+    annotations: GivenPath | None = Field(
         None,
         description="CSV, COCO keypoints (.json), or a project of DeepLabCut (config.yaml), SLEAP (.slp), Label Studio "
         "(.json), CVAT (.xml) or NWB (.nwb); points are for scoring only.",
@@ -62,7 +62,7 @@ BOXES = "detector: refuse training images without a box in --annotations; else i
 class Published(Pack):
     """What the published corpora have in common; docs/corpora.md shows the layout of each."""
 
-    root: str = Field(description="Folder that the owners' archives are unpacked in.")
+    root: GivenPath = Field(description="Folder that the owners' archives are unpacked in.")
     context: float = Field(10.0, ge=1, le=10, description="As above; by default the whole image, as was published.")
     size: int | None = Field(
         None, ge=16, description="Pixels that the longer side of the box is shrunk to, if longer; None: as it is."
@@ -72,14 +72,16 @@ class Published(Pack):
 class CelebA(Published):
     """CelebA's aligned training images, and MAFL's test images."""
 
-    annotations: str | None = Field(None, description="CSV with face boxes, the 68 points of MAFL images, or both.")
+    annotations: GivenPath | None = Field(
+        None, description="CSV with face boxes, the 68 points of MAFL images, or both."
+    )
     boxes: Boxes = Field("annotations", description=BOXES)
 
 
 class Ls3d(Published):
     """300W-LP to train on, LS3D-W balanced as test images."""
 
-    annotations: str | None = Field(None, description="CSV with face boxes of 300W-LP images.")
+    annotations: GivenPath | None = Field(None, description="CSV with face boxes of 300W-LP images.")
     boxes: Boxes = Field("annotations", description=BOXES)
 
 
@@ -91,7 +93,7 @@ class BbcPose(Published):
     """BBC Pose: frames of the training videos, hand-annotated frames of the test videos."""
 
     every: int = Field(10, ge=1, description="Of so many annotated training frames one is taken.")
-    annotations: str | None = Field(None, description="CSV with boxes of signers.")
+    annotations: GivenPath | None = Field(None, description="CSV with boxes of signers.")
     boxes: Boxes = Field("annotations", description=BOXES)
     context: float = Field(2.0, ge=1, le=10, description="Sides of the stored crop as a multiple of the box's.")
     size: int | None = Field(256, ge=16, description="Pixels that the longer side of the box is shrunk to, if longer.")
@@ -112,8 +114,12 @@ def print_note(note: str) -> None:
     print(f"note: {note}")
 
 
-def images_of(config: Source) -> tuple[Iterable[Item], str, str | None, int | None]:
-    """Images, name of the corpus, the protocol that its data suggest, and the size to shrink boxes to.
+Images = tuple[Iterable[Item], str, str | None, int | None]
+"""Images, name of the corpus, the protocol that its data suggest, and the size to shrink boxes to."""
+
+
+def images_of(config: Source) -> Images:
+    """What a configuration names; what is odd about it is printed.
 
     Raises:
         UserError: if the source is not as it should be.
@@ -142,8 +148,12 @@ def images_of(config: Source) -> tuple[Iterable[Item], str, str | None, int | No
     return items, name, "faces68" if any(item.landmarks == 68 for item in items) else None, config.size
 
 
-def pack_source(config: Source) -> None:
+def pack_source(config: Source, found: Images | None = None) -> None:
     """Packs what a configuration names, and prints a summary.
+
+    Args:
+        config: what is packed, and how.
+        found: its `images_of`, where the caller has looked already.
 
     Raises:
         UserError: if there is nothing to pack, too much is unusable, or the place is taken.
@@ -163,7 +173,7 @@ def pack_source(config: Source) -> None:
         raise UserError(f"{config.out}: holds a corpus already; choose another --out, or replace it by --overwrite")
     if Path(config.out).is_file():
         raise UserError(f"{config.out}: a file; --out must be a directory or URL")
-    items, name, protocol, size = images_of(config)
+    items, name, protocol, size = found or images_of(config)
     mix_seed = None if isinstance(items, list) else config.seed  # what can't be loaded in any order is mixed later
     white = items[0].white if isinstance(items, list) and items else None
     if isinstance(items, list):

@@ -9,6 +9,7 @@ Shape letters: N images, K landmarks, L named points. Points are (x, y) in pixel
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Annotated
 from unicodedata import normalize
@@ -21,13 +22,14 @@ from rich.table import Table
 from cluster import storage
 from sst.corpora import interop
 from sst.corpora.annotation_files import read_annotations
-from sst.corpora.annotations import Row, is_inside, place_annotations
+from sst.corpora.annotations import Box, Row, is_inside, place_annotations
+from sst.corpora.listing import Listing, sort_in
 from sst.corpora.packing import UnusableImage
-from sst.corpora.pictures import white_level
-from sst.errors import UserError
+from sst.corpora.pictures import several_note, white_level
+from sst.errors import GivenPath, UserError
 from sst.predict.predictor import Found, in_image, in_view, open_model, predict, white_of
 from sst.predict.shape import VIEW, _map_back, affine_maps, lay_on, left_over, mean_shape
-from sst.predict.sources import Box, Target
+from sst.predict.sources import Target
 from sst.progress import with_progress
 from sst.train.model import record_url
 
@@ -265,12 +267,12 @@ class Name(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[GivenPath, tyro.conf.Positional]
     """Run directory of `landmarks train`, or the model/ directory in it."""
-    annotations: str
+    annotations: GivenPath
     """COCO keypoints (.json), CSV (file, x0, y0, x1, y1, ...), or a project of DeepLabCut (config.yaml), SLEAP (.slp),
     Label Studio (.json), CVAT (.xml) or NWB (.nwb); boxes in it are used as by `landmarks pack`."""
-    images: str | None = None
+    images: GivenPath | None = None
     """Folder of the images; by default the one that the annotation file lies in."""
     category: str | None = None
     """Category of the annotated objects, where the file has several."""
@@ -333,15 +335,16 @@ def annotated_rows(config: Name) -> tuple[list[Row], list[str], Mapping[str, Cal
     if not rows:
         raise UserError(f"{config.annotations}: no annotated points in it; annotate a handful of images")
     still = tuple(row for row in rows if row.file not in frames)
-    files = {file: root / file for row in still if (file := _file_below(root, row.file)) is not None}
-    if missing := [row.file for row in still if _file_below(root, row.file) is None]:
+    below = {row.file: _files_below(root, row.file) for row in still}
+    files = {file: root / file for each in below.values() for file in each}
+    if missing := [row.file for row in still if not below[row.file]]:
         raise UserError(
             f"{config.annotations}: {len(missing)} of {len(rows)} annotated images are not in {root}: "
             f"{', '.join(missing[:5])}; say where they are by --images"
         )
     placed = place_annotations(replace(read, rows=still), files, f"in {root}")
-    for note in placed.notes:
-        print(f"note: {config.annotations}: {note}")
+    for note in (*(f"{config.annotations}: {each}" for each in placed.notes), *several_note(files)):
+        print(f"note: {note}")
     rows = [row for row in (*placed.rows, *(row for row in rows if row.file in frames)) if _has_points(row)]
     return rows, list(placed.point_names), frames
 
@@ -358,14 +361,24 @@ def _frame(config: Name, file: str, read: Callable[[], np.ndarray]) -> np.ndarra
         raise UserError(f"{file}: {error}; mend it or take it out of {config.annotations}") from error
 
 
-def _file_below(root: Path, name: str) -> str | None:
-    """The file that an annotation means: by its name, or without leading folders; None if there is none.
+def _files_below(root: Path, name: str) -> list[str]:
+    """The file that an annotation means, by its name or without leading folders; else pictures without their ending.
 
     Only these places are looked at, since the folder of an annotation file may be a home directory.
     """
     parts = PurePosixPath(name.replace("\\", "/")).parts
-    choices = [normalize(form, "/".join(parts[start:])) for start in range(len(parts)) for form in ("NFC", "NFD")]
-    return next((each for each in choices if not each.startswith("/") and (root / each).is_file()), None)
+    ends = ["/".join(parts[start:]) for start in range(len(parts))]
+    choices = [normalize(form, end) for end in ends if not end.startswith("/") for form in ("NFC", "NFD")]
+    if there := next((each for each in choices if (root / each).is_file()), None):
+        return [there]
+    for place in (root / each for each in choices):
+        listing = Listing()
+        for file in place.parent.glob(f"{escape(place.name)}.*"):
+            if file.stem == place.name:
+                sort_in(file, file.relative_to(root).as_posix(), listing)
+        if listing.names:
+            return listing.names
+    return []
 
 
 def learn_names(config: Name) -> tuple[NamedPoints, Examples, str]:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from cluster import storage
+from sst.corpora.annotations import Box
 from sst.corpora.packing import UnusableImage, read_image, usable_box
 from sst.data.loader import ordered_map
-from sst.errors import UserError
+from sst.errors import EMPTY, UserError
 from sst.nn.geometry import STRIDE
 from sst.nn.network import LandmarkDetector
 from sst.nn.suppression import decode_landmarks
-from sst.predict.sources import Box, Target, as_box
+from sst.predict.sources import Target, as_box
 from sst.train.model import ModelRecord, load_model, record_url
 from sst.train.run_directory import RunDirectory
 
@@ -133,6 +134,8 @@ def find_model(url: str) -> str:
     Raises:
         UserError: if neither is there.
     """
+    if not url.strip():
+        raise UserError(f"the path of the model {EMPTY}")
     for place in (url, RunDirectory(url).model_url):
         if storage.exists(record_url(place)):
             return place

@@ -10,23 +10,15 @@ import numpy as np
 
 from cluster import storage
 from sst.corpora.annotation_files import read_annotations
-from sst.corpora.annotations import Annotations, Category, Id, Row, place_annotations
-from sst.corpora.listing import IMAGE_SUFFIXES, Listing, pictures_in, shown, sort_in
-from sst.corpora.pictures import picture_count, white_level, white_note
+from sst.corpora.annotations import Annotations, Box, Category, Id, Row, place_annotations
+from sst.corpora.interop import is_project
+from sst.corpora.listing import IMAGE_SUFFIXES, Listing, is_video, pictures_in, shown, sort_in
+from sst.corpora.pictures import picture_count, several_note, white_level, white_note
 from sst.data.shards import MANIFEST, Manifest, decode, read_shard
 from sst.errors import UserError
 
-VIDEO_SUFFIXES = tuple(
-    ".mp4 .mov .avi .mkv .webm .m4v .wmv .asf .flv .mpg .mpeg .ts .mts .m2ts .vob .3gp .ogv .y4m .mjpeg .mjpg .h264 "
-    ".h265".split()
-)
-"""Files that are called so are videos; of others `_is_video` looks at the content."""
-
 COUNTED_SUFFIXES = (".mp4", ".mov", ".m4v", ".3gp", ".avi")
 """Containers that store the number of frames; others derive it from their duration, and may be one off."""
-
-
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,16 +82,20 @@ def find_sources(
     """
     if len(images) == 1 and storage.exists(storage.join(images[0], MANIFEST)):
         return _shards(images[0], boxes)
-    if videos := [name for name in images if _is_video(name)]:
+    if videos := [name for name in images if _holds_video(name)]:
         if len(images) > 1 or boxes is not None:
             raise UserError(f"{videos[0]}: a video is predicted by itself and whole: one file, no --boxes")
         return _video(videos[0])
     files: dict[str, Path] = {}
     for name in images:
         files |= _files(name, alone=len(images) == 1)
-    notes = []
+    notes = several_note(files)
     if white is None and (white := white_level(files.values())) is not None:
         notes.append(white_note(white))
+    if boxes is not None and not boxes.lower().endswith(".json") and is_project(boxes):
+        raise UserError(
+            f"{boxes}: --boxes takes CSV or COCO JSON, no project of an annotation tool; export its boxes as COCO"
+        )
     if boxes is None:
         targets = [Target(shown(name), path, white=white) for name, path in files.items()]
         return Sources(targets, len(targets), whole=True, notes=notes)
@@ -172,9 +168,9 @@ def _shards(url: str, boxes: str | None) -> Sources:
     return Sources(targets(), sum(shard.samples for shard in manifest.shards), whole=False)
 
 
-def _is_video(name: str) -> bool:
+def _holds_video(name: str) -> bool:
     """Whether a file is a video: by its ending, or since Pillow reads no single picture of it and OpenCV opens it."""
-    if name.lower().endswith(VIDEO_SUFFIXES):
+    if is_video(name):
         return not Path(name).is_dir()
     if name.lower().endswith(IMAGE_SUFFIXES) or not Path(name).is_file():
         return False

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from sst.corpora.annotations import Id
+from sst.corpora.annotations import Box, Id
 from sst.predict.predictor import Unreadable
-from sst.predict.sources import Box, Target
+from sst.predict.sources import Target
 
 
 @dataclass(frozen=True, eq=False)

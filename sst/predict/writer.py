@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cluster import storage
 from sst.corpora.listing import shown
 from sst.data.shards import MANIFEST
-from sst.errors import UserError
+from sst.errors import GivenPath, UserError
 from sst.outputs import Outputs, refuse_overlap
 from sst.predict.naming import NamedPoints, load_names
 from sst.predict.overlay import draw_landmarks
@@ -43,13 +43,13 @@ class Predict(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[GivenPath, tyro.conf.Positional]
     """Run directory of `landmarks train`, or the model/ directory in it."""
-    images: Annotated[tuple[str, ...], tyro.conf.Positional]
+    images: Annotated[tuple[GivenPath, ...], tyro.conf.Positional]
     """Image files, folders and patterns; or one directory of shards; or one video file."""
-    out: str
+    out: GivenPath
     """Directory or URL that the predictions are written to."""
-    boxes: str | None = None
+    boxes: GivenPath | None = None
     """CSV or COCO file with boxes of the objects, as for `landmarks pack`; without it images are seen whole."""
     category: str | None = None
     """Category of the objects in --boxes, where it has several; or "all"."""

@@ -14,7 +14,7 @@ from cluster.assignment import assign
 from sst.config import TrainSettings
 from sst.data.corpus import Corpus, open_corpus
 from sst.data.shards import ShardInfo, read_shard
-from sst.errors import UserError
+from sst.errors import GivenPath, UserError
 from sst.nn.geometry import SCORING_SIZE, STRIDE, box_to_view, transform_points
 from sst.report.evaluation import MIN_TRAIN, PROTOCOLS, Scores, constant_guess, evaluate, percent
 from sst.train.extraction import first_keypoints
@@ -135,9 +135,9 @@ class Run(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[GivenPath, tyro.conf.Positional]
     """Directory or URL of the run."""
-    shards: str | None = None
+    shards: GivenPath | None = None
     """Where its shards lie now, if they have moved."""
     visible: float | None = None
     """Confidence from which a landmark counts as visible, instead of the run's own."""
@@ -148,11 +148,11 @@ class Predictions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    file: Annotated[str, tyro.conf.Positional]
+    file: Annotated[GivenPath, tyro.conf.Positional]
     """The npz; coordinates in pixels of a 256 px view, NaN = not visible."""
     protocol: str
     """Scoring protocol: mafl, ls3d, human36m, faces68 or toy."""
-    out: Annotated[str | None, tyro.conf.arg(name="json")] = None
+    out: Annotated[GivenPath | None, tyro.conf.arg(name="json")] = None
     """Where the scores are written; printed if not given."""
 
 

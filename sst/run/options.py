@@ -5,6 +5,7 @@ from typing import Annotated, TypeVar
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
+from sst.errors import GivenPath
 from sst.presets import PRESETS
 from sst.run.tracking import DEFAULT_URI, Tracking
 
@@ -19,7 +20,7 @@ class TrackingOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tracking: str = DEFAULT_URI
+    tracking: GivenPath = DEFAULT_URI
     """MLflow tracking URI; MLFLOW_TRACKING_URI gives another default."""
     experiment: str = "landmarks"
     """MLflow experiment."""
@@ -28,7 +29,7 @@ class TrackingOptions(BaseModel):
 class RunOptions(TrackingOptions):
     """Where runs lie, and what MLflow gets of them."""
 
-    runs: str = "runs"
+    runs: GivenPath = "runs"
     """Directory or URL under which runs lie."""
     register_as: Annotated[str | None, tyro.conf.arg(name="register")] = None
     """Name under which the finished (of a sweep: the best) model becomes a new version in MLflow's model registry."""

@@ -18,11 +18,11 @@ from rich.table import Table
 from cluster import storage
 from sst.config import TrainSettings, differences
 from sst.corpora import folder
-from sst.corpora.sources import Folder, pack_source
+from sst.corpora.sources import Folder, images_of, pack_source
 from sst.data.corpus import Corpus, open_corpus
 from sst.data.shards import MANIFEST
 from sst.environment import usable_cpus
-from sst.errors import UserError
+from sst.errors import GivenPath, UserError
 from sst.outputs import refuse_overlap
 from sst.presets import PRESETS
 from sst.progress import duration
@@ -134,11 +134,11 @@ class OwnCommand(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    images: str
+    images: GivenPath
     """Folder of images of one kind of object; subfolders are searched too."""
     landmarks: Annotated[int, Field(ge=2, le=200)] = 20
     """How many landmarks are wanted."""
-    annotations: str | None = None
+    annotations: GivenPath | None = None
     """CSV or COCO file with boxes of the objects, where they do not fill the images; points in it are for scoring."""
     category: str | None = None
     """Category of the annotated objects, where the file has several; or "all"."""
@@ -196,20 +196,19 @@ def pack_own(command: OwnCommand, run: RunDirectory) -> None:
     refuse_overlap(
         run.url, {"the folder": command.images, "--annotations": command.annotations}, "the run (--runs and --name)"
     )
-    names = folder.pictures_of(command.images, command.annotations).names
-    items = folder.items(command.images, names, command.annotations, category=command.category)
-    choose(sum(item.split == "train" for item in items), command.landmarks, this_machine())  # before any work
-    data = look(command.images, names, command.annotations)
-    pack_source(
-        Folder(
-            images=command.images,
-            annotations=command.annotations,
-            category=command.category,
-            out=run.shards_url,
-            max_skipped=OWN_MAX_SKIPPED,
-            shard_samples=max(32, min(256, len(items) // 16)),  # several for every worker
-        )
+    config = Folder(
+        images=command.images,
+        annotations=command.annotations,
+        category=command.category,
+        out=run.shards_url,
+        max_skipped=OWN_MAX_SKIPPED,
     )
+    found = images_of(config)
+    items = list(found[0])
+    choose(sum(item.split == "train" for item in items), command.landmarks, this_machine())  # before any work
+    data = look(command.images, folder.pictures_of(command.images, command.annotations).names, command.annotations)
+    several_for_every_worker = max(32, min(256, len(items) // 16))
+    pack_source(config.model_copy(update={"shard_samples": several_for_every_worker}), found)
     storage.write_json(run.packed_url, data.model_dump())
 
 

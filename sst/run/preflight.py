@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sst.config import TrainSettings
-from sst.errors import UserError
+from sst.errors import EMPTY, UserError
 from sst.nn.network import DetectorDescriptor, LandmarkDetector
 from sst.run.tracking import absolute_uri
 
@@ -40,7 +40,7 @@ def check_kept(**places: str) -> None:
         UserError: naming the options.
     """
     if empty := [f"--{option}" for option, place in places.items() if not place.strip()]:
-        raise UserError(f"{', '.join(empty)} is empty; give a directory or URL (is a variable of the shell unset?)")
+        raise UserError(f"{', '.join(empty)} {EMPTY}")
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # which Ray sets for the command of a job
         return
     lost = [

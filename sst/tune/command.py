@@ -10,7 +10,7 @@ from rich.table import Table
 
 from cluster import storage
 from sst.config import TrainSettings
-from sst.errors import UserError
+from sst.errors import GivenPath, UserError
 from sst.run.claim import with_absolute_weights
 from sst.run.options import RunName, RunOptions, WithRuns
 from sst.run.tracking import absolute_uri
@@ -27,14 +27,14 @@ class TuneCommand(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    shards: str
+    shards: GivenPath
     """Directory or URL of the shards that `landmarks pack` wrote."""
     name: RunName
     """Name of the sweep."""
     vary: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """What varies: SETTING=20,30,50 (one of these), SETTING=1e-4..1e-3 (a range), SETTING=1e-4..1e-3:log; may be given
     again for further settings. By default the number of clusters, the learning rate and the detector's threshold."""
-    space: str | None = None
+    space: GivenPath | None = None
     """YAML file that maps settings to such values, as lists or ranges; --vary goes before it."""
     trials: Annotated[int, Field(ge=1, le=10_000)] = 8
     """Trials at most; fewer where there are fewer combinations."""

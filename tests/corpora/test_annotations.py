@@ -284,6 +284,53 @@ def test_a_track_outside_of_the_picture_is_no_object(tmp_path, faces):
     )
 
 
+@pytest.mark.parametrize("nothing", [None, [], [0, 0, 0, 0]])
+@pytest.mark.parametrize("nested", [True, False])
+def test_an_outline_without_a_box_gives_the_box_around_it(tmp_path, faces, nothing, nested):
+    """In two parts, as COCO has objects that something covers."""
+    x, y, width, height = BOXES[2]
+    parts: list = [[x, y + 9, x + 20, y, x + 20, y + 30], [x + 30, y + height, x + width, y + 40, x + 30, y + 20]]
+
+    def change(content):
+        content["annotations"][2].update(bbox=nothing, segmentation=parts if nested else [*parts[0], *parts[1]])
+
+    found = placed(tmp_path / "a.json", changed(change), faces)
+    assert boxes_of(found) == WANTED
+    assert found.notes == ("boxes taken from the outline, as there is no bbox: 1 (annotation 3)",)
+
+
+@pytest.mark.parametrize("mask", [{"size": [300, 250], "counts": "abc"}, {"size": [300, 250], "counts": [5, 9]}])
+def test_masks_without_a_box_are_counted_and_most_of_them_refused(tmp_path, faces, mask):
+    def change(content, count, *removed):
+        for entry in content["annotations"][:count]:
+            entry["segmentation"] = mask
+            for name in removed:
+                del entry[name]
+
+    said = "masks (RLE) without a bbox, which are not read: 2 (annotation 1, annotation 2)"
+    found = placed(tmp_path / "a.json", changed(lambda c: change(c, 2, "bbox", "keypoints")), faces)
+    assert said in found.notes and boxes_of(found) == WANTED[2:]
+    found = placed(tmp_path / "a.json", changed(lambda c: change(c, 2, "bbox")), faces)
+    assert said in found.notes and found.rows[0].points is not None
+    assert placed(tmp_path / "a.json", changed(lambda c: change(c, 10)), faces).notes == ()
+    with pytest.raises(UserError, match=r"10 of 10 objects have only a mask \(RLE\).*; give each a bbox"):
+        placed(tmp_path / "a.json", changed(lambda c: change(c, 10, "bbox", "keypoints")), faces)
+
+
+def test_a_rotated_box_of_coco_is_taken_by_what_it_covers(tmp_path, faces):
+    """As CVAT exports one: the box before it was turned, and by how much."""
+    turned = {"bbox": [100, 100, 20, 10], "attributes": {"occluded": False, "rotation": 90.0}}
+    found = placed(tmp_path / "a.json", changed(lambda c: c["annotations"][0].update(turned)), faces)
+    assert boxes_of(found) == [(105, 95, 115, 115), *WANTED[1:]]
+    assert found.notes == ("rotated boxes, taken by the upright rectangle around them: 1 (annotation 1)",)
+
+
+@pytest.mark.parametrize("own", [None, [], ["red"], {"rotation": "clockwise"}, {"rotation": None}, {"rotation": 0}])
+def test_attributes_of_ones_own_turn_no_box(tmp_path, faces, own):
+    found = placed(tmp_path / "a.json", changed(lambda c: c["annotations"][0].update(attributes=own)), faces)
+    assert boxes_of(found) == WANTED and found.notes == ()
+
+
 def test_ids_may_be_text_in_one_place_and_numbers_in_another(tmp_path, faces):
     def change(content):
         for entry in content["annotations"]:
@@ -416,6 +463,33 @@ def test_a_picture_is_first_the_one_that_is_called_exactly_so():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("p0", "p0.jpg"), ("set/p0", "p0.jpg"), ("b/1", "b/1.png"), ("1", None), ("frame.0001", "frame.0001.jpg"),
+     ("frame", None), ("p0.png", None), ("x/2.jpg", "2.jpg"), ("cafe\u0301", "caf\u00e9.jpg")],
+)  # fmt: skip
+def test_a_name_without_ending_means_the_one_picture_that_is_called_so(name, wanted):
+    there = ["p0.jpg", "a/1.jpg", "b/1.png", "2.jpg", "2.jpg.png", "frame.0001.jpg", "caf\u00e9.jpg"]
+    assert match_names([name], there).get(name) == wanted
+
+
+def test_names_without_ending_are_used_and_it_is_said(tmp_path, squares):
+    names = [name.removesuffix(".jpg") for name in NAMES]
+    found = placed(tmp_path / "a.csv", table("image_id,xmin,ymin,xmax,ymax", CORNERS, names), squares)
+    assert boxes_of(found) == WANTED and [row.file for row in found.rows] == NAMES
+    assert found.notes == ("names without ending taken for the picture called so: 10 (p0, p1, p2, ...)",)
+
+
+@pytest.mark.parametrize("name", ["p0", "x/p0"])
+def test_a_name_that_may_be_one_of_two_pictures_is_refused_with_both(tmp_path, name):
+    files = pictures(tmp_path / "pics", (256, 256), ["p0.jpg", "p0.png", "p1.jpg"])
+    with pytest.raises(UserError, match=f"1 of 2 files .*: {name} \\(p0.jpg or p0.png\\)"):
+        placed(tmp_path / "a.csv", f"file,xmin,ymin,xmax,ymax\n{name},1,1,9,9\np1,1,1,9,9\n", files)
+    files = pictures(tmp_path / "other", (256, 256), ["a/1.jpg", "b/1.jpg"])
+    with pytest.raises(UserError, match=r"1 of 1 files .*: 1.jpg \(a/1.jpg or b/1.jpg\)"):
+        placed(tmp_path / "a.csv", "file,xmin,ymin,xmax,ymax\n1.jpg,1,1,9,9\n", files)
+
+
 def test_two_names_of_one_picture_are_refused(tmp_path, squares):
     with pytest.raises(UserError, match=r"a/p0.jpg and b/p0.jpg are both the picture p0.jpg"):
         placed(tmp_path / "a.csv", "file,xmin,ymin,xmax,ymax\na/p0.jpg,1,1,9,9\nb/p0.jpg,1,1,9,9\n", squares)
@@ -461,6 +535,8 @@ def test_tables_that_are_none(tmp_path, squares, text, said):
         (lambda c: c["annotations"][0].update(bbox={"x": 1}), "annotation 1: bbox is .* a list of numbers is expected"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "annotation 1: bbox has 3 numbers"),
         (lambda c: c["annotations"][0].update(keypoints=[1, 2, 3, 4]), "annotation 1: keypoints has 4 numbers"),
+        (lambda c: c["annotations"][0].update(bbox=[], segmentation=[[1, 2, 3]]), "segmentation has 3 numbers"),
+        (lambda c: c["images"][0].pop("file_name"), "image 100 has no file_name"),
         (lambda c: c["images"][0].update(id=None), "p0.jpg has no image id"),
         (lambda c: c["images"][0].update(file_name=None), "image 100 has no file_name"),
         (lambda c: c["annotations"].append(None), "not COCO keypoints JSON"),
@@ -469,6 +545,13 @@ def test_tables_that_are_none(tmp_path, squares, text, said):
 def test_coco_that_is_none(tmp_path, faces, change, said):
     with pytest.raises(UserError, match=said):
         placed(tmp_path / "a.json", changed(change), faces)
+
+
+def test_a_list_of_results_is_called_so(tmp_path, faces):
+    """What detectors write, and pycocotools reads beside the file of the images."""
+    results = [{"image_id": 100, "category_id": 1, "bbox": [1, 1, 9, 9], "score": 0.9}]
+    with pytest.raises(UserError, match=r"a list of COCO results.*; give a COCO file with images and annotations"):
+        placed(tmp_path / "a.json", json.dumps(results), faces)
 
 
 def test_the_only_category_needs_no_identifier(tmp_path, faces):

@@ -193,6 +193,70 @@ def test_cvat_skeletons_points_and_boxes(tmp_path):
     assert [row.visible.tolist() for row in found.rows] == [[False, False], [False, True], [True, False]]
 
 
+def cvat(root: Path, *shapes: str) -> Path:
+    """An export with one image of 60 x 40 pixels, and these shapes in it."""
+    path = images(root, "a.png") / "shapes.xml"
+    inside = "".join(shapes)
+    path.write_text(f'<annotations><image name="a.png" width="60" height="40">{inside}</image></annotations>')
+    return path
+
+
+@pytest.mark.parametrize(("degrees", "box"), [
+    ("0.00", (10, 10, 30, 20)),
+    ("90", (15, 5, 25, 25)),
+    ("270.00", (15, 5, 25, 25)),
+    ("180", (10, 10, 30, 20)),
+    ("30", (8.8397, 5.6699, 31.1603, 24.3301)),  # half sides 10 and 5: 10 cos 30 + 5 sin 30, 10 sin 30 + 5 cos 30
+])  # fmt: skip
+def test_a_rotated_box_is_taken_by_what_it_covers_when_upright(tmp_path, degrees, box):
+    path = cvat(tmp_path, f'<box label="b" xtl="10" ytl="10" xbr="30" ybr="20" rotation="{degrees}"/>')
+    (row,) = interop.annotated(str(path), tmp_path).annotations.rows
+    assert row.box == pytest.approx(box, abs=1e-4)
+
+
+def test_that_boxes_are_rotated_is_said(tmp_path):
+    path = cvat(tmp_path, '<box label="b" xtl="10" ytl="10" xbr="30" ybr="20" rotation="30"/>',
+                '<box label="b" xtl="1" ytl="1" xbr="9" ybr="9"/>')  # fmt: skip
+    notes = interop.annotated(str(path), tmp_path).annotations.notes
+    assert notes == ("rotated boxes, taken by the upright rectangle around them: 1 (a.png)",)
+
+
+def test_shapes_that_are_not_read_are_counted_and_named(tmp_path):
+    ellipse, polygon = '<ellipse label="e" cx="9" cy="9" rx="3" ry="2"/>', '<polygon label="p" points="1,1;2,2;1,2"/>'
+    path = cvat(tmp_path, ellipse, polygon, ellipse, '<points label="eye" points="3,4"/>', '<tag label="day"/>')
+    assert interop.annotated(str(path), tmp_path).annotations.notes == (
+        "shapes of the kind ellipse, which are not read: 2 (a.png)",
+        "shapes of the kind polygon, which are not read: 1 (a.png)",
+        "shapes of the kind tag, which are not read: 1 (a.png)",
+    )
+    with pytest.raises(
+        UserError, match=r"no points or boxes in it \(shapes of the kind ellipse, which are not read: 1"
+    ):
+        read_project(str(cvat(tmp_path, ellipse)))
+    brush = keypoint("eye", 50, 50, "b")
+    brush = {**brush, "type": "brushlabels", "value": {"format": "rle", "rle": [1]}}
+    path = label_studio(tmp_path, task("/a.png", [keypoint("eye", 50, 50), brush]))
+    assert interop.annotated(str(path), tmp_path).annotations.notes == (
+        "shapes of the kind brushlabels, which are not read: 1 (a.png)",
+    )
+
+
+@pytest.mark.parametrize(("shape", "said"), [
+    ('<box label="b" xtl="1" ytl="1" xbr="9"/>', r"image a\.png: <box> without ybr"),
+    ('<box label="b" xtl="1,5" ytl="1" xbr="9" ybr="9"/>', r"image a\.png: xtl of <box> is '1,5', not a number"),
+    ('<box label="b" xtl="1" ytl="1" xbr="9" ybr="9" rotation="a"/>', r"rotation of <box> is 'a', not a number"),
+    ('<points label="eye" points="1,5,2,5"/>', r"image a\.png: points are '1,5,2,5'; x,y;x,y;\.\.\. with"),
+    ('<points label="eye"/>', r"image a\.png: <points> without points"),
+    ('<points points="1,2"/>', r"image a\.png: <points> without label"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_shape_is_said_with_its_image(tmp_path, shape, said):
+    with pytest.raises(UserError, match=said + ".*; export the task anew as 'CVAT for images 1.1'"):
+        read_project(str(cvat(tmp_path, shape)))
+    (tmp_path / "no.xml").write_text('<annotations><image name="a.png" height="40"/></annotations>')
+    with pytest.raises(UserError, match="<image> without width"):
+        read_project(str(tmp_path / "no.xml"))
+
+
 def test_places_follow_an_image_that_was_annotated_at_another_size(tmp_path):
     images(tmp_path, "day1/a.png", "day1/b.png", size=(120, 80))
     (tmp_path / "annotations.xml").write_text(CVAT)
@@ -243,6 +307,16 @@ def test_slp_files_with_images_inside_need_no_other(tmp_path):
     ("x.xml", "<html></html>", "not CVAT's XML"),
     ("x.xml", "<annotations", "not as CVAT writes it"),
     ("x.json", '[{"image": "/a.png", "kp": []}]', "export the project as JSON, not JSON-MIN"),
+    ("x.json", '[{"image_id": 1, "category_id": 1, "keypoints": [1, 2, 2], "score": 0.9}]', "COCO results"),
+    ("x.json", "[1, 2]", "not Label Studio's JSON"),
+    ("x.json", "[]", "an empty list, so neither"),
+    ("config.yaml", "", "no DeepLabCut project: config.yaml is empty"),
+    ("data.yaml", "names: [a]\nnc: 1", r"no DeepLabCut project: data\.yaml has no scorer, but names, nc"),
+    ("config.yaml", "- a", "no DeepLabCut project: config.yaml has no scorer"),
+    ("config.yaml", "scorer: [", r"config\.yaml: not YAML \(line 1"),
+    ("config.yaml", "scorer: Ada\n\tTask: x", r"config\.yaml: not YAML \(line 2"),
+    ("CollectedData_Ada.csv", "scorer,Ada\nbodyparts,nose\n", "no line 'coords'"),
+    ("CollectedData_Ada.csv", SINGLE + 'a.png,"1,5",2,3,4\n', r"a\.png: tail: '1,5' is not a number"),
     ("x.slp", "no HDF5", "not as SLEAP writes it"),
     ("x.nwb", "no HDF5", "not as NWB writes it"),
     ("missing.slp", None, "no such file"),

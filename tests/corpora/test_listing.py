@@ -12,7 +12,7 @@ from PIL import Image
 from jobs import pack, predict
 from sst.config import NetworkSettings
 from sst.corpora.annotations import match_names
-from sst.corpora.listing import pictures_in
+from sst.corpora.listing import is_video, pictures_in
 from sst.data.shards import Manifest, read_shard
 from sst.nn.network import LandmarkDetector
 from sst.predict.sources import find_sources
@@ -80,6 +80,11 @@ def test_a_link_to_a_store_of_pictures_is_followed(tmp_path):
     assert pictures_in(str(tmp_path / "mine")).names == ["all/a.png", "all/b.png", "one.png"]
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "D:\\\\films\\\\a.WMV", "b/c.mpg", "c.mj2", "d.mts"])
+def test_videos_are_known_by_their_endings(name):
+    assert is_video(name) and not is_video(f"{name}.png")
+
+
 def test_equal_pictures_are_all_for_training_or_all_test_pictures(tmp_path, capsys):
     write(tmp_path / "mine", {f"{n:03d}.png": data(n) for n in range(60)})
     write(tmp_path / "mine" / "copies", {f"{n:03d}.png": data(n) for n in range(30)})
@@ -88,7 +93,9 @@ def test_equal_pictures_are_all_for_training_or_all_test_pictures(tmp_path, caps
     splits = packed(tmp_path / "mine", tmp_path / "out", "--test-share", "0.3")
     tests = {name[-7:] for name, split in splits.items() if split == "test"}
     assert 10 < len(tests) < 50 and not tests & {name[-7:] for name, split in splits.items() if split == "train"}
-    assert "equal to test pictures" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "equal to test pictures" in said
+    assert "60 pictures are links to others or copies of them, and are used too: copies/000.png, copies/001.png" in said
     (tmp_path / "a.csv").write_text("file,split\n000.png,test\ncopies/000.png,train\n")
     splits = packed(tmp_path / "mine", tmp_path / "2", "--test-share", 0, "--annotations", tmp_path / "a.csv")
     assert {name for name, split in splits.items() if split == "test"} == {"000.png", "copies/000.png"}

@@ -18,6 +18,7 @@ from sst.corpora.packing import Item, SourceImage, UnusableImage, pack_item, rea
 from sst.corpora.pictures import white_level
 from sst.data.jpeg import decode_jpeg
 from sst.data.shards import Manifest, RawSample, read_shard
+from sst.predict.sources import find_sources
 
 FACES = Path("../shared/data/faces")
 
@@ -127,6 +128,24 @@ def test_pictures_of_12_bits_in_16_are_stretched_alike_and_it_is_said(
     wanted = {"bright.png": [187] * 3, "dark.tif": [47] * 3, "colour.png": [187, 93, 62], "plain.png": [90] * 3}
     for name, colour in wanted.items():
         np.testing.assert_allclose(stored[name], colour, atol=2)
+
+
+def test_of_a_file_with_several_pictures_the_first_is_used_and_it_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, *rest = (Image.new("RGB", (40, 30), colour) for colour in ("red", "green", "blue"))
+    (tmp_path / "in").mkdir()
+    for name in ("a.gif", "b.tif", "c.png", "d.webp"):
+        first.save(tmp_path / "in" / name, save_all=True, append_images=rest)
+    first.save(tmp_path / "in" / "e.gif")
+    first.save(tmp_path / "in" / "camera.jpg", "MPO", save_all=True, append_images=rest)  # the rest are its previews
+    said = "only the first of several pictures in a file (animations, pages) is used: 4 (a.gif, b.tif, c.png, ...)"
+    main(["folder", "--images", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--test-share", "0"])
+    assert capsys.readouterr().out.count(f"note: {said}") == 1
+    for sample in samples(tmp_path / "out"):
+        np.testing.assert_allclose(decode_jpeg(sample.jpeg)[10, 10], (255, 0, 0), atol=4)
+    assert find_sources([str(tmp_path / "in")]).notes == [said]
+    assert find_sources([str(tmp_path / "in" / "e.gif")]).notes == []
 
 
 @pytest.mark.parametrize(("most", "white"), [(200, 255), (1000, 1023), (4095, 4095), (4096, 8191), (40_000, None)])
@@ -302,6 +321,14 @@ def test_coco_annotations(tmp_path: Path) -> None:
     assert one.points == ((2, 3), (10, 4), (10, 15)) and one.visible == (True, False, False)
     assert stored["two.png#1"].points == ((1, 1), (2, 2), (3, 3))
     assert stored["bare.png"].points is None
+
+
+def test_annotations_without_an_object_are_said_to_be_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "in" / "a.png")
+    (tmp_path / "none.json").write_text('{"images": [{"id": 1, "file_name": "a.png"}], "annotations": []}')
+    words = ["--images", str(tmp_path / "in"), "--annotations", str(tmp_path / "none.json")]
+    main(["folder", *words, "--out", str(tmp_path / "out"), "--test-share", "0"])
+    assert "none.json: no object in it, so all images are seen whole" in capsys.readouterr().out
 
 
 def test_toy_is_repeatable_and_annotated(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from PIL import Image
 from sklearn.linear_model import Ridge
 
 from jobs import name as job
+from jobs import pack as pack_job
 from jobs import predict as predict_job
 from sst.corpora.drawings import draw
 from sst.errors import UserError
@@ -195,6 +196,42 @@ def test_what_can_not_be_used_is_said_and_folders_of_the_tool_do_not_matter(mode
         assert note in said
     names = load_names(model_url)
     assert names is not None and names.names == ["left end", "right end"]
+
+
+def test_of_a_partly_unusable_file_naming_and_packing_say_the_same(model_url, tmp_path, capsys):
+    annotate(tmp_path / "few", 8)
+    rows = [f"{number}.png,5,5,90,90,24,48,72,24," for number in range(8)]
+    rows[1] = "x/1.png,0.1,0.1,0.9,0.9,24,48,72,24,"
+    rows[2], rows[3] = "2.png,90,90,5,5,24,48,0,0,", "3.png,5,5,,90,24,480,72,24,"
+    rows[4], rows[5] = "4.png,80,80,300,300,24,48,72,24,", "5,5,5,90,90,24,48,72,24,"
+    header = "image,xmin,ymin,xmax,ymax,nose_x,nose_y,tail_x,tail_y,weather"
+    path = tmp_path / "few" / "few.csv"
+    path.write_text("\n".join([header, *rows, rows[0], "", ",1,2,3,4"]))
+
+    def notes() -> set[str]:
+        return {line for line in capsys.readouterr().out.splitlines() if line.startswith(f"note: {path}")}
+
+    images = ["--images", str(path.parent), "--annotations", str(path)]
+    pack_job.main(["folder", *images, "--out", str(tmp_path / "out"), "--test-share", "0"])
+    wanted = notes()
+    job.main([model_url, *images])
+    assert notes() == wanted and len(wanted) == 12
+    predict_job.main([model_url, str(path.parent), "--boxes", str(path), "--out", str(tmp_path / "found")])
+    assert notes() == wanted
+
+
+def test_names_without_ending_are_found_beside_other_files_and_two_pictures_are_refused(model_url, tmp_path, capsys):
+    path = tmp_path / "few" / "few.json"
+    annotate(tmp_path / "few", 8)
+    path.write_text(path.read_text().replace(".png", ""))
+    (tmp_path / "few" / "3.json").write_text("{}")
+    job.main([model_url, "--annotations", str(path)])
+    assert "names without ending taken for the picture called so: 8 (0, 1, 2, ...)" in capsys.readouterr().out
+    assert load_names(model_url) is not None
+    Image.new("RGB", (96, 96)).save(tmp_path / "few" / "3.jpg")
+    with pytest.raises(SystemExit):
+        job.main([model_url, "--annotations", str(path)])
+    assert "3 (3.jpg or 3.png)" in capsys.readouterr().err
 
 
 def test_points_of_a_table_have_the_names_of_their_columns(model_url, tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from jobs import train
+from jobs import pack, train
 from sst.config import TrainSettings
 from sst.corpora.drawings import draw
 from sst.data.corpus import Corpus, open_corpus
@@ -229,6 +229,40 @@ def test_annotations_of_one_category_are_packed_and_what_is_odd_is_said(folder, 
     with pytest.raises(SystemExit):
         own(folder, "--annotations", str(table), "--category", "cat")
     assert "category: owl -> cat" in capsys.readouterr().err
+
+
+def test_what_a_partly_unusable_file_has_is_counted_as_by_pack_and_said_before_a_refusal(folder, started, capsys):
+    """The same lines, once, also where training is refused in the end; links to a picture are pictures of their own."""
+    rows = [f"images/{number}.jpg,4,4,60,60" for number in range(70)]
+    rows[3], rows[4], rows[5] = "3.jpg,0.1,0.1,0.9,0.9", "4.jpg,60,60,4,4", "5,4,4,60,60"
+    table = folder.parent / "boxes.csv"
+    table.write_text("\n".join(["file,xmin,ymin,xmax,ymax,weather", *rows]))
+    for number in range(6, 60):
+        (folder / f"link_{number}.jpg").symlink_to(f"{number}.jpg")
+
+    def notes() -> list[str]:
+        said = capsys.readouterr()
+        return sorted(
+            line for line in (said.out + said.err).splitlines() if line.startswith("note: ") and "few" not in line
+        )
+
+    pack.main(["folder", "--images", str(folder), "--annotations", str(table), "--out", str(folder.parent / "out")])
+    wanted = notes()
+    for part in ("columns not used: weather", "in shares of the image's sides instead of pixels: 1 (3.jpg)",
+                 "left of or above the first: 1 (4.jpg)", "names without ending taken for the picture called so: 1 (5)",
+                 "names taken without their leading folders: 67", "images without an object in it, seen whole: 54",
+                 "pictures for training are equal to test pictures",
+                 "54 pictures are links to others or copies of them, and are used too: link_10.jpg, "):  # fmt: skip
+        assert sum(part in line for line in wanted) == 1, (part, wanted)
+    own(folder, "--annotations", str(table))
+    assert notes() == wanted and len(started) == 1
+    (folder.parent / "notes.csv").write_text(
+        "file,xmin,ymin,xmax,ymax\n1.jpg,4,4,40,40\n2.jpg,4,4,9,9\n3.jpg,9,9,4,4\n"
+    )
+    for path in (*folder.glob("link_*"), *(folder / f"{number}.jpg" for number in range(20, 70))):
+        path.unlink()
+    refused(folder, "--annotations", str(folder.parent / "notes.csv"), "--name", "few")
+    assert any("left of or above the first: 1 (3.jpg)" in line for line in notes()) and len(started) == 1
 
 
 def refused(folder, *more: str) -> None:
