@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks.common import device_of_run, idle_share, machine, print_table, sizes_of, summed_up, wall_seconds
 from sst.nn.losses import sample_descriptors
-from sst.nn.network import DetectorDescriptor
+from sst.nn.network import DetectorDescriptor, use_kernels
 from sst.nn.precision import laid_out
 from sst.nn.steps import describe, keypoint_maps, random_batch
 from sst.nn.suppression import decode_keypoints, unite
@@ -33,6 +33,8 @@ def main() -> None:
     device, sizes = device_of_run(), sizes_of(given.size)
     side, images = sizes.stage1.input_size, given.images
     torch.manual_seed(0)
+    if obstacle := use_kernels(device, sizes.shape, side, given.precision):
+        print(f"without own kernels: {obstacle}")
     model: nn.Module = laid_out(DetectorDescriptor(sizes.shape), device).eval()
     batch = random_batch(images, sizes.stage1.input_size, sizes.clusters).to(device)
     labels = torch.rand(images, POINTS, 2, device=device) * (side // 4 - 1)

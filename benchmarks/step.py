@@ -29,7 +29,7 @@ from benchmarks.common import (
     synchronise,
     wall_seconds,
 )
-from sst.nn.network import DetectorDescriptor, LandmarkDetector
+from sst.nn.network import DetectorDescriptor, LandmarkDetector, use_kernels
 from sst.nn.optimizer import Update
 from sst.nn.precision import has_bf16, keep_freed_memory
 from sst.nn.replay import PLAIN_STEPS, CudaTape, Replayed, own_stream
@@ -187,6 +187,9 @@ def main() -> None:
     variants = variants_of(device_of_run(), given.compiled, given.emulated)
     peaks = {precision: matrix_peak(precision) for precision in sorted({variant.precision for variant in variants})}
     print(*(f"matrix peak {name}: {peak / 1e12:.2f} TFLOP/s" for name, peak in peaks.items()), sep="; ")
+    size, taken = sizes_of(given.size), variants[-1].precision
+    if obstacle := use_kernels(device_of_run(), size.shape, size.stage1.input_size, taken):
+        print(f"without own kernels: {obstacle}")
     with own_stream(device_of_run()):
         best = {
             stage: compare(stage, given.size, variants, given.steps, given.repeats, peaks) for stage in given.stages

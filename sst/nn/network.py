@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sst.nn.precision import Precision, autocast, laid_out
+
 
 @dataclass(frozen=True)
 class NetworkShape:
@@ -50,26 +52,8 @@ class NormRelu(nn.GroupNorm):
         return functional.relu(super().forward(input))
 
 
-_KERNELS = {"usable": True}
-"""Whether Triton works in this process, as far as `use_kernels` knows."""
-
-
-def use_kernels(device: torch.device) -> str | None:
-    """Tries the kernels of our own on a device; where they fail, this process computes without them from then on.
-
-    Returns:
-        Why they fail (Triton needs a C compiler), or None. Without a GPU they are not tried.
-    """
-    if device.type != "cuda":
-        return None
-    try:
-        x = torch.ones(1, 2, 2, 2, device=device, requires_grad=True)
-        NormRelu(1, 2).to(device)(x.contiguous(memory_format=torch.channels_last)).sum().backward()
-        torch.cuda.synchronize(device)
-    except Exception as error:  # whatever it is, there is a way without
-        _KERNELS["usable"] = False
-        return " ".join(str(error).split())[:200]
-    return None
+_KERNELS = {"usable": False}
+"""Whether Triton works in this process, as far as `use_kernels` has seen."""
 
 
 def by_kernels(x: Tensor) -> bool:
@@ -273,3 +257,30 @@ class LandmarkDetector(nn.Module):
         """RGB in [0, 1] (B, 3, S, S) to landmark heatmaps (B, K, H, W)."""
         heat: Tensor = self.landmark(self.backbone(image_B3SS))
         return torch.sigmoid(heat.float()) if self.probabilities else heat
+
+
+def use_kernels(device: torch.device, shape: NetworkShape, input_size: int, precision: Precision) -> str | None:
+    """Has this process compute by kernels of our own on a GPU, after a network of this size was seen to work with them.
+
+    Args:
+        device: without a GPU nothing is tried.
+        shape: of the networks to come.
+        input_size: side of their views, in pixels.
+        precision: of their convolutions.
+
+    Returns:
+        Why the kernels do not work (Triton needs a C compiler), or None. Then torch's own are used.
+    """
+    if device.type != "cuda":
+        return None
+    _KERNELS["usable"] = True
+    try:
+        network = laid_out(DetectorDescriptor(shape), device)
+        with autocast(device, precision):
+            maps = network(torch.zeros(1, 3, input_size, input_size, device=device))
+        sum(each.float().sum() for each in maps).backward()
+        torch.cuda.synchronize(device)
+    except Exception as error:  # whatever it is, there is a way without
+        _KERNELS["usable"] = False
+        return " ".join(str(error).split())[:200]
+    return None

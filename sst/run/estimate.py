@@ -23,7 +23,7 @@ from sst.config import Stage2Settings, TrainSettings
 from sst.data.corpus import Corpus
 from sst.data.shards import read_shard
 from sst.errors import UserError
-from sst.nn.network import DetectorDescriptor, LandmarkDetector
+from sst.nn.network import DetectorDescriptor, LandmarkDetector, use_kernels
 from sst.nn.optimizer import Update
 from sst.nn.precision import laid_out
 from sst.nn.replay import PLAIN_STEPS, own_stream, taken_on
@@ -187,6 +187,7 @@ def measure(settings: TrainSettings, machine: Machine, workers: int, corpus: Cor
     device = torch.device("cuda" if machine.gpus else "cpu")
     shared = SIDE_BY_SIDE if workers > 1 else 1.0
     with as_in_training(machine, workers):
+        use_kernels(device, settings.network.shape, settings.network.input_size, settings.resources.precision)
         keypoints = keypoint_seconds(settings, corpus)
         kmeans = kmeans_seconds(settings)
         one = stage_seconds(settings, device, workers, corpus, stage=1)

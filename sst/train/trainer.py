@@ -128,7 +128,8 @@ class Trainer:
         if given == "auto" and self.group.rank == 0:
             self.run.note_precision(precision)
         self.settings = self.settings.with_precision(precision)
-        obstacle = use_kernels(device)
+        network = self.settings.network
+        obstacle = use_kernels(device, network.shape, network.input_size, precision)
         line = {"device": str(device), "convolutions": precision, "obstacle": obstacle}
         self.tools.log({"kind": "arithmetic"} | line)
 

@@ -7,12 +7,15 @@ import sys
 
 import pytest
 import torch
+from torch.nn import functional
 
+from sst.nn import network
+from sst.nn.network import NetworkShape
 from sst.nn.precision import autocast, has_bf16, laid_out, uses_bf16
 from sst.run.console import arithmetic_line
 from tests.small import local_tools, train_locally, write_toy
 
-CPU = torch.device("cpu")
+CPU, SHAPE = torch.device("cpu"), NetworkShape(16, 2, 2, 16)
 
 
 @pytest.mark.parametrize("able", [{}, {"avx512_bf16": True}, {"amx_bf16": True}, {"bf16": True}, {"avx512_f": True}])
@@ -82,3 +85,27 @@ def test_a_run_says_how_it_computes(corpus, tmp_path):
     assert arithmetic_line(said) == f"workers compute on cpu in {kind}"
     slower = said | {"device": "cuda:0", "obstacle": "no C compiler was found"}
     assert arithmetic_line(slower).endswith("by torch's own kernels, which is slower: no C compiler was found")
+
+
+def test_without_what_own_kernels_need_torchs_are_used_and_the_reason_is_given(monkeypatch):
+    """A GPU that is asked for and not there is as good a reason as a missing compiler."""
+    monkeypatch.setattr(network, "_KERNELS", {"usable": False})
+    assert network.use_kernels(CPU, SHAPE, 64, "float32") is None and not network._KERNELS["usable"]
+    if not torch.cuda.is_available():
+        obstacle = network.use_kernels(torch.device("cuda"), SHAPE, 64, "float32")
+        assert obstacle is not None and "CUDA" in obstacle and not network._KERNELS["usable"]
+
+
+def test_own_pooling_and_doubling_are_torchs_forwards_and_backwards():
+    """What a GPU takes with channels last, in float64 on a CPU."""
+    x = torch.randn(2, 3, 8, 6, dtype=torch.float64, requires_grad=True)
+    pairs = (
+        (network.Halved.apply(x), functional.avg_pool2d(x, 2)),
+        (network.Doubled.apply(x), functional.interpolate(x, scale_factor=2.0, mode="nearest")),
+    )
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs)
+        gradient = torch.randn_like(ours)
+        found, expected = (torch.autograd.grad(each, x, gradient)[0] for each in (ours, theirs))
+        torch.testing.assert_close(found, expected)
+    assert pairs[1][0].is_contiguous(memory_format=torch.channels_last)
