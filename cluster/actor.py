@@ -123,7 +123,10 @@ def even_parts(sample: Sequence[tuple[str, np.ndarray]], parts: int) -> list[lis
     total, ends = sum(counts), np.cumsum([0, *counts])
     parts = min(parts, total)
     if not parts:
-        raise ValueError("no descriptor in any shard: no keypoints were found, so nothing can be clustered")
+        raise ValueError(
+            "no descriptor in any shard: no keypoints were found, so nothing can be clustered; the images may be "
+            "blank, or the detector was trained too little (more --stage1.warmup-iterations, a lower --stage1.threshold)"
+        )
     split: list[list[tuple[str, np.ndarray]]] = []
     for part in range(parts):
         first, last = total * part // parts, total * (part + 1) // parts

@@ -114,6 +114,9 @@ class Show:
             text, whole = f"warning: {line['text']} {line['advice']}", True
         elif kind == "settled":
             text, whole = f"refinements no longer gain after round {line['round']}; the rest is left out", True
+        elif kind == "not_recorded":
+            cause = f"training steps can't be recorded as a CUDA graph, so they take longer: {line['obstacle']}"
+            text, whole = f"warning: {cause}", True
         elif kind == "resume":
             text, whole = f"resumed after step {line['step']}", True
         else:

@@ -21,7 +21,7 @@ from cluster.kmeans import KMeansResult, KMeansSettings
 from sst.config import ResourceSettings, TrainSettings
 from sst.environment import RAY_ENVIRONMENT, set_environment, usable_cpus
 from sst.errors import RunFailedError, Stopped, UnwellError, UserError
-from sst.run.interrupt import StopFlag, run_stoppably
+from sst.run.interrupt import FailureNote, StopFlag, run_stoppably
 from sst.run.metrics import MetricsReader
 from sst.run.placement import Machine
 from sst.train.health import without_cuml
@@ -335,11 +335,17 @@ def train_on_workers(settings: TrainSettings, corpus_url: str, run_url: str, act
             ),
         ),
     )
+    note = FailureNote(run_url)
+    note.take()
     try:
         run_stoppably(trainer.fit, StopFlag(run_url))
     except ray.train.TrainingFailedError as error:
-        raise RunFailedError(str(error)) from None
-    if not RunDirectory(run_url).has_model() and (said := why_unwell(run_url)):
+        raise RunFailedError(note.take() or str(error)) from None
+    if RunDirectory(run_url).has_model():
+        return
+    if failed := note.take():
+        raise RunFailedError(failed)
+    if said := why_unwell(run_url):
         raise UnwellError(said)
 
 
@@ -382,9 +388,14 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         stop=StopFlag(config["run"]).is_up,
     )
     corpus, run = Corpus.open(config["corpus"]), RunDirectory(config["run"])
-    trainer = Trainer(settings, corpus, run, group, tools)
+    trainer, note = Trainer(settings, corpus, run, group, tools), FailureNote(config["run"])
+    if note.read() is not None:
+        return
     try:
         network = trainer()
         Finisher(trainer.settings, corpus, run, group, tools)(network, run.records()[-1])
     except Stopped:
         return  # a failure would be a reason to start again
+    except (ValueError, FloatingPointError) as error:
+        note.write(error)
+        raise

@@ -29,6 +29,31 @@ class StopFlag:
         return storage.exists(self.url)
 
 
+class FailureNote:
+    """A file in the run directory in which a worker says that it met an error that would come again with every start.
+
+    Ray Train starts all workers anew whatever one of them raises; they look here and end.
+    """
+
+    def __init__(self, run_url: str) -> None:
+        self.url = RunDirectory(run_url).failed_url
+
+    def write(self, error: Exception) -> None:
+        """Leaves the error's message, without the remote traceback where Ray wraps it."""
+        storage.write_bytes(self.url, str(getattr(error, "cause", error)).encode())
+
+    def read(self) -> str | None:
+        """The message, or None."""
+        return storage.read_bytes(self.url).decode() if storage.exists(self.url) else None
+
+    def take(self) -> str | None:
+        """The message, which is removed; or None."""
+        said = self.read()
+        if said is not None:
+            storage.remove(self.url)
+        return said
+
+
 def run_stoppably(work: Callable[[], object], stop: StopFlag) -> None:
     """Runs some work, whose end the first signal asks for and the second does not wait for.
 

@@ -148,6 +148,11 @@ class RunDirectory:
         return storage.join(self.url, "stop")
 
     @property
+    def failed_url(self) -> str:
+        """A file in which a worker leaves an error that would come again, until the run has ended for it."""
+        return storage.join(self.url, "failed")
+
+    @property
     def mlflow_url(self) -> str:
         """The run's id in MLflow, and how much of the metrics it has."""
         return storage.join(self.url, "mlflow.json")

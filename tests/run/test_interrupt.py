@@ -8,7 +8,7 @@ import time
 import pytest
 
 from sst.errors import Terminated, exit_on_user_error, terminable
-from sst.run.interrupt import StopFlag, run_stoppably
+from sst.run.interrupt import FailureNote, StopFlag, run_stoppably
 
 
 def later(seconds: float, number: int) -> None:
@@ -68,3 +68,18 @@ def test_sigterm_ends_with_its_own_code(capsys):
         time.sleep(5)
     assert ended.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+class Remote(Exception):
+    """An error as Ray hands it on: the text is a traceback, the cause is what was raised."""
+
+    cause = ValueError("no image has 5 labels")
+
+
+def test_a_worker_leaves_its_error_until_the_run_has_ended_for_it(tmp_path):
+    note = FailureNote(str(tmp_path))
+    assert note.read() is None and note.take() is None
+    for error in (ValueError("no image has 5 labels"), Remote("Traceback (most recent call last)")):
+        note.write(error)
+        assert note.read() == note.take() == "no image has 5 labels"
+        assert note.read() is None and not list(tmp_path.iterdir())
