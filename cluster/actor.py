@@ -22,6 +22,11 @@ from cluster.shards import Descriptors, Labels, widened
 POOL_ATTEMPTS = 4
 """How often a fit over several actors is begun, if one of them is lost each time."""
 
+NOTHING = (
+    "no descriptor in any shard: no keypoints were found, so nothing can be clustered; the images may be blank, or the "
+    "detector was trained too little (more --stage1.warmup-iterations, a lower --stage1.threshold)"
+)
+
 
 class KMeansActor:
     """Fits centroids on rows that it reads from the descriptor shards itself.
@@ -123,10 +128,7 @@ def even_parts(sample: Sequence[tuple[str, np.ndarray]], parts: int) -> list[lis
     total, ends = sum(counts), np.cumsum([0, *counts])
     parts = min(parts, total)
     if not parts:
-        raise ValueError(
-            "no descriptor in any shard: no keypoints were found, so nothing can be clustered; the images may be "
-            "blank, or the detector was trained too little (more --stage1.warmup-iterations, a lower --stage1.threshold)"
-        )
+        raise ValueError(NOTHING)
     split: list[list[tuple[str, np.ndarray]]] = []
     for part in range(parts):
         first, last = total * part // parts, total * (part + 1) // parts
@@ -147,7 +149,7 @@ def read_sample(sample: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
     """
     sampled = [(url, rows) for url, rows in sample if len(rows)]
     if not sampled:
-        raise ValueError("no descriptor in any shard: no keypoints were found, so nothing can be clustered")
+        raise ValueError(NOTHING)
     result, first = np.empty((0, 0), np.float32), 0
     for url, rows in sampled:
         part = widened(Descriptors.load(url).descriptors[rows])
