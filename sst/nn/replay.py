@@ -125,9 +125,11 @@ class Replayed:
         """As the step itself with a generator of that seed; the scalars may all be float32."""
         self._generator.manual_seed(seed)
         padded = padded_shapes(batch)
-        if padded not in self._shapes and len(self._shapes) == MOST_SHAPES:
-            return self._step(batch, self._generator)
-        shape = self._shapes.setdefault(padded, _Shape(empty(batch, padded)))
+        if padded not in self._shapes:
+            if len(self._shapes) == MOST_SHAPES:
+                return self._step(batch, self._generator)
+            self._shapes[padded] = _Shape(empty(batch, padded))
+        shape = self._shapes[padded]
         fill(shape.batch, batch)
         if shape.tape is None and shape.taken == PLAIN_STEPS and self._records:
             self._record(shape, seed)

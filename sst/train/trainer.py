@@ -4,7 +4,6 @@ Everything here runs without Ray, alone or in a DDP group. The order of samples 
 (seed, rank, step), so a resumed run repeats what it would have done.
 """
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,8 +32,6 @@ from sst.train.run_directory import RoundRecord, RunDirectory
 from sst.train.schedule import Phase, derived_seed, learning_rate, plan
 from sst.train.tools import Tools
 from sst.train.workers import Group
-
-logger = logging.getLogger(__name__)
 
 DATA_SEED, STEP_SEED, WEIGHT_SEED = 2, 3, 4
 """Purpose numbers in `derived_seed`."""
@@ -192,7 +189,6 @@ class Trainer:
 
     def _not_recorded(self, obstacle: str) -> None:
         """Says that steps are launched one kernel at a time."""
-        logger.warning("training steps can't be recorded as a CUDA graph, so they are slower: %s", obstacle)
         self.tools.log({"kind": "not_recorded", "obstacle": obstacle})
 
     def _losses_of(self, phase: Phase, record: RoundRecord) -> Callable[..., Losses]:
