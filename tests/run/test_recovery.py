@@ -22,7 +22,7 @@ main(sys.argv[1:])
 """
 
 WORKER = ["stage 1", "extraction", "k-means", "assignment", "checkpoint", "stage 2", "merging", "merged labels"]
-QUICK = [("worker", "checkpoint"), ("actor", "k-means")]
+QUICK = [("worker", "checkpoint")]
 """Cases that run with the quick tests; the others take a quarter of an hour."""
 
 CASES = [
