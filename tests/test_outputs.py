@@ -52,7 +52,7 @@ def test_predicting_into_the_folder_of_the_pictures_leaves_them(model, tmp_path,
     before = files(tmp_path)
     for given, how in ((".", "is"), ("pictures", "contains"), ("video.mp4", "contains"), ("pic*/*.png", "contains")):
         refused(predict.main, model, given, "--out", ".", "--overwrite")
-        assert f"--out {how} the input {given}" in capsys.readouterr().err
+        assert f"--out {how} the input {given};" in capsys.readouterr().err
     refused(predict.main, model, "pictures", "--out", "pictures/found")
     assert "--out lies inside the input pictures" in capsys.readouterr().err
     assert files(tmp_path) == before

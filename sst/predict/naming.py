@@ -27,7 +27,7 @@ from sst.corpora.listing import Listing, sort_in
 from sst.corpora.packing import UnusableImage
 from sst.corpora.pictures import several_note, white_level
 from sst.errors import GivenPath, UserError
-from sst.predict.predictor import Found, in_image, in_view, open_model, predict, white_of
+from sst.predict.predictor import Found, in_image, in_view, needs_boxes, open_model, predict, white_of
 from sst.predict.shape import VIEW, _map_back, affine_maps, lay_on, left_over, mean_shape
 from sst.predict.sources import Target
 from sst.progress import with_progress
@@ -289,6 +289,11 @@ def annotated_examples(config: Name) -> tuple[Examples, list[str], str, str]:
     """
     model, record, place = open_model(config.model)
     rows, names, frames = annotated_rows(config)
+    if needs_boxes(record) and all(row.box is None for row in rows):
+        print(
+            f"note: this model learnt from boxes around the objects, and {config.annotations} has none, so its images "
+            "are seen whole; unless they are cropped to the object, annotate where boxes can be given too"
+        )
     root = folder_of(config)
     white = white_of(record) or white_level(root / row.file for row in rows if row.file not in frames)
     targets = (

@@ -181,8 +181,9 @@ def write_predictions(config: Predict) -> None:
     model, record, place = open_model(config.model)
     if not config.images:
         raise UserError("no images are named; give files, folders, patterns, one directory of shards or one video")
-    inputs = {f"the input {name}": name for name in config.images}
-    refuse_overlap(config.out, inputs | {"--boxes": config.boxes, "the model": place})
+    for name in config.images:
+        refuse_overlap(config.out, {"the input": name})
+    refuse_overlap(config.out, {"--boxes": config.boxes, "the model": place})
     outputs = Outputs(config.out, "predict", config.overwrite, OUTPUTS)
     sources = find_sources(config.images, config.boxes, config.category, white_of(record))
     shards = len(config.images) == 1 and storage.exists(storage.join(config.images[0], MANIFEST))

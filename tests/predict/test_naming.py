@@ -1,6 +1,7 @@
 """jobs.name: from discovered landmarks to named points."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,6 +242,20 @@ def test_points_of_a_table_have_the_names_of_their_columns(model_url, tmp_path):
     job.main([model_url, "--annotations", str(tmp_path / "few" / "few.csv")])
     names = load_names(model_url)
     assert names is not None and names.names == ["nose", "tail"]
+
+
+@pytest.mark.parametrize(("share", "boxed", "asks"), [(0.3, False, True), (0.3, True, False), (1.0, False, False)])
+def test_a_model_that_learnt_from_boxes_misses_them_in_the_annotations(tmp_path, capsys, share, boxed, asks):
+    url, detector = str(tmp_path / "model"), LandmarkDetector(NETWORK.shape, 6).eval()
+    fields = {"network": NETWORK, "clusters": list(range(6)), "visible": 0.0, "metrics": {"box_share": share}}
+    save_model(url, detector, **fields)
+    path = Path(annotate(tmp_path / "few", 3))
+    if boxed:
+        content = json.loads(path.read_text())
+        content["annotations"][0]["bbox"] = [10, 10, 70, 70]
+        path.write_text(json.dumps(content))
+    job.main([url, "--annotations", str(path)])
+    assert ("learnt from boxes" in capsys.readouterr().out) == asks
 
 
 def test_names_of_another_model_are_refused(model_url):
