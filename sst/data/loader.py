@@ -57,27 +57,35 @@ class KeptShards:
 
     def __init__(self, most: int) -> None:
         """Takes how many bytes of JPEGs are kept at most."""
-        self._most, self._kept = most, OrderedDict[tuple[str, str | None], list[RawSample]]()
-        self._sizes: dict[tuple[str, str | None], int] = {}
+        self._most, self._size = most, 0
+        self._kept = OrderedDict[tuple[str, str | None], list[RawSample]]()
 
-    def read(self, url: str, sha256: str | None) -> Iterable[RawSample]:
+    def read(self, url: str, sha256: str | None) -> list[RawSample]:
         """As `read_shard`."""
-        if not self._most:
-            return read_shard(url, sha256)
         known = url, sha256
         if known not in self._kept:
             self._kept[known] = list(read_shard(url, sha256))
-            self._sizes[known] = sum(len(sample.jpeg) for sample in self._kept[known])
+            self._size += jpeg_bytes(self._kept[known])
         self._kept.move_to_end(known)
         samples = self._kept[known]
-        while sum(self._sizes.values()) > self._most:
-            oldest, _ = self._kept.popitem(last=False)
-            del self._sizes[oldest]
+        while self._size > self._most:
+            self._size -= jpeg_bytes(self._kept.popitem(last=False)[1])
         return samples
 
 
-KEPT = KeptShards(KEPT_BYTES if torch.cuda.is_available() else 0)
+def jpeg_bytes(samples: Iterable[RawSample]) -> int:
+    """Of all samples together."""
+    return sum(len(sample.jpeg) for sample in samples)
+
+
+KEPT = KeptShards(KEPT_BYTES)
 """Of this process."""
+
+
+def samples_of(corpus: str, shard: ShardInfo) -> Iterable[RawSample]:
+    """A shard's samples, which stay in memory where there is a GPU to wait for them."""
+    read = KEPT.read if torch.cuda.is_available() else read_shard
+    return read(f"{corpus}/{shard.file}", shard.sha256)
 
 
 def rank_shards(order: Sequence[int], rank: int, world: int) -> tuple[list[int], int, int]:
@@ -145,7 +153,7 @@ def training_examples(
         for shard, part, parts in source:
             labels = load_labels(shard.file)
             found = False
-            for number, sample in enumerate(KEPT.read(f"{corpus}/{shard.file}", shard.sha256)):
+            for number, sample in enumerate(samples_of(corpus, shard)):
                 points, cluster = labels.sample(number)
                 if number % parts == part and len(points) >= min_labels:
                     found = True
@@ -321,6 +329,6 @@ def shard_batches(corpus: str, shard: ShardInfo, view: int, size: int) -> Iterat
         )
 
     empty = np.zeros((0, 2), np.float32), np.zeros(0, np.int16)
-    samples = (Example(sample, *empty) for sample in KEPT.read(f"{corpus}/{shard.file}", shard.sha256))
+    samples = (Example(sample, *empty) for sample in samples_of(corpus, shard))
     groups = iter(lambda: list(islice(samples, size)), [])
     return loaded(load, groups)

@@ -49,8 +49,7 @@ class FailureNote:
     def take(self) -> str | None:
         """The message, which is removed; or None."""
         said = self.read()
-        if said is not None:
-            storage.remove(self.url)
+        storage.remove(self.url)
         return said
 
 
