@@ -113,8 +113,8 @@ def scale_of(width: int, gpu: bool, minutes: float) -> Scale:
     """Sizes and seconds of a width on this machine, with its GPU or on its cores.
 
     On a GPU the published batches at 1,500 images a second of full width (as measured on an H200). On cores the time of
-    an image is measured, and the batch is the largest, up to that of the preset
-    faces-cpu, with which there are some hundred steps.
+    an image is measured, and the batch is the largest, up to that of the preset faces-cpu, with which there are some
+    hundred steps.
     """
     if gpu:
         return Scale(width, 64, 1 / 1500, 60.0)

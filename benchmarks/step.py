@@ -3,8 +3,8 @@
 Steps of both stages on random images: augmentation, network, losses, gradients, optimizer. images/s are those that pass
 through the network, so both views of a pair count, as in the lines of `jobs.train`. Variants take turns: float32
 and bf16 (left out where it is emulated, unless asked for), contiguous and channels-last, with and without
-torch.compile. The share of the peak is that of the largest matrix product measured in the same run. At full size it
-also says how long the published schedule's steps would take. Needs torch and numpy alone.
+torch.compile, on a GPU recorded as a graph. The share of the peak is that of the largest matrix product measured in the
+same run. At full size it also says how long the published schedule's steps would take. Needs torch and numpy alone.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from benchmarks.common import (
 from sst.nn.network import DetectorDescriptor, LandmarkDetector, use_kernels
 from sst.nn.optimizer import Update
 from sst.nn.precision import has_bf16, keep_freed_memory
-from sst.nn.replay import PLAIN_STEPS, CudaTape, Replayed, own_stream
-from sst.nn.steps import Batch, random_batch, stage1_losses, stage2_losses
+from sst.nn.replay import PLAIN_STEPS, own_stream, seeded, training_step
+from sst.nn.steps import Batch, Losses, random_batch, stage1_losses, stage2_losses
 
 FULL_FLOP = 62e9
 """Of a training step for an image at full size: three times those of a forward pass."""
@@ -66,8 +66,8 @@ def variants_of(device: torch.device, compiled: bool, emulated: bool) -> list[Va
     precisions: list[Literal["float32", "bf16"]] = ["float32", "bf16"] if emulated or has_bf16(device) else ["float32"]
     found = [Variant(each, channels_last) for channels_last in (False, True) for each in precisions]
     gpu = device.type == "cuda"
-    if compiled and gpu:
-        found += [Variant(precisions[-1], channels_last, True, True) for channels_last in (False, True)]
+    if compiled:
+        found += [Variant(precisions[-1], channels_last, True, gpu) for channels_last in (False, True)]
     taken = Variant(precisions[-1], gpu, False, gpu)
     return [each for each in found if each != taken] + [taken]
 
@@ -96,24 +96,14 @@ def stepper(stage: int, variant: Variant, size: Size, images: int | None = None)
     active = torch.ones(sizes.clusters, dtype=torch.bool, device=device)
     update = Update(model, learning_rate=5e-4, weight_decay=1e-5)
 
-    def step(batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        model.zero_grad()
-        losses = (
-            stage1_losses(used, batch, sizes.stage1, generator)
-            if stage == 1
-            else stage2_losses(used, batch, active, sizes.stage2, generator)
-        )
-        losses.total().backward()
-        update.step()
-        return losses.metrics()
+    def losses_of(given: Batch, generator: torch.Generator) -> Losses:
+        if stage == 1:
+            return stage1_losses(used, given, sizes.stage1, generator)
+        return stage2_losses(used, given, active, sizes.stage2, generator)
 
-    if variant.recorded:
-        pool = torch.cuda.graph_pool_handle()
-        replayed = Replayed(step, list(model.parameters()), lambda: CudaTape(pool), refused)
-        seeds = itertools.count()
-        return lambda: replayed(batch, next(seeds))["loss"]
-    generator = torch.Generator(device).manual_seed(0)
-    return lambda: step(batch, generator)["loss"].detach()
+    take = seeded(training_step(model, update, losses_of), list(model.parameters()), variant.recorded, refused)
+    seeds = itertools.count()
+    return lambda: take(batch, next(seeds))["loss"].detach()
 
 
 def refused(obstacle: str) -> None:

@@ -138,13 +138,8 @@ def _apply(  # type: ignore[no-untyped-def]
 
 def can_normalise(x: Tensor, groups: int) -> bool:
     """Whether the kernels take this array: channels last, and powers of two as numbers of channels and groups."""
-    channels = x.shape[1]
-    return not channels & (channels - 1) and not groups & (groups - 1) and channels <= TILE and is_channels_last(x)
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether a pixel's channels lie side by side."""
-    return x.is_contiguous(memory_format=torch.channels_last)
+    powers = all(not number & (number - 1) for number in (x.shape[1], groups))
+    return powers and x.shape[1] <= TILE and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class NormReluFunction(torch.autograd.Function):

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sst.nn.steps import Batch
+from sst.nn.optimizer import Update
+from sst.nn.steps import Batch, Losses
 
 Step = Callable[[Batch, torch.Generator], dict[str, Tensor]]
 """Takes a training step on a batch; gives scalars by name. It may not wait for the device, and its shapes may depend on
@@ -63,21 +64,53 @@ class CudaTape:
         self._graph.replay()
 
 
-def taken_on(
-    device: torch.device, step: Step, weights: Sequence[nn.Parameter], refused: Callable[[str], None]
-) -> Callable[[Batch, int], dict[str, Tensor]]:
-    """A step as it is best taken on a device, on a batch and with a seed: on a GPU recorded and replayed.
+def training_step(
+    network: nn.Module,
+    update: Update,
+    losses_of: Callable[[Batch, torch.Generator], Losses],
+    total: Callable[[Tensor], Tensor] = lambda counts: counts,
+    workers: int = 1,
+) -> Step:
+    """Losses, gradients and update of a batch, or of a worker's share of it.
 
     Args:
-        device: of the weights.
+        network: whose weights learn.
+        update: of these weights.
+        losses_of: computes the losses; with other workers by DDP, which takes the mean of their gradients.
+        total: adds up what all workers have.
+        workers: their number.
+
+    Returns:
+        A step that gives its losses, "gradient_norm", and "finite", without which nothing has changed.
+    """
+
+    def step(batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        network.zero_grad()
+        losses = losses_of(batch, generator)
+        # DDP takes the mean over the workers, each of which has a summand of the loss of the whole batch.
+        (losses.total(total(losses.counts)) * workers).backward()
+        # DDP has averaged the gradients, so their norm, and what follows from it, is the same on all ranks.
+        norm, finite = update.step()
+        return losses.metrics() | {"gradient_norm": norm, "finite": finite}
+
+    return step
+
+
+def seeded(
+    step: Step, weights: Sequence[nn.Parameter], recorded: bool, refused: Callable[[str], None]
+) -> Callable[[Batch, int], dict[str, Tensor]]:
+    """A step with a seed in place of a generator.
+
+    Args:
         step: what is taken.
         weights: whose gradients it makes anew each time.
+        recorded: whether it is recorded and replayed, for which the weights must be on a GPU.
         refused: told why it can't be recorded, where it can't.
     """
-    if device.type == "cuda":
+    if recorded:
         pool = torch.cuda.graph_pool_handle()
         return Replayed(step, weights, lambda: CudaTape(pool), refused)
-    generator = torch.Generator(device)
+    generator = torch.Generator(weights[0].device)
     return lambda batch, seed: step(batch, generator.manual_seed(seed))
 
 
@@ -94,16 +127,23 @@ def own_stream(device: torch.device) -> Iterator[None]:
     torch.cuda.current_stream(device).wait_stream(stream)
 
 
+@dataclass(frozen=True)
+class _Recording:
+    """A recorded step, and the places that playing it fills."""
+
+    tape: Tape
+    names: tuple[str, ...]
+    values: Tensor
+    gradients: tuple[Tensor | None, ...]
+
+
 @dataclass
 class _Shape:
-    """What is kept of batches of one shape: where they are put, and what was recorded on them."""
+    """What is kept of batches of one shape: where they are put, steps taken, and what was recorded on them."""
 
     batch: Batch
     taken: int = 0
-    tape: Tape | None = None
-    names: tuple[str, ...] = ()
-    values: Tensor | None = None
-    gradients: tuple[Tensor | None, ...] = ()
+    recording: _Recording | None = None
 
 
 class Replayed:
@@ -131,36 +171,37 @@ class Replayed:
             self._shapes[padded] = _Shape(empty(batch, padded))
         shape = self._shapes[padded]
         fill(shape.batch, batch)
-        if shape.tape is None and shape.taken == PLAIN_STEPS and self._records:
-            self._record(shape, seed)
+        if shape.taken == PLAIN_STEPS and self._records:
+            shape.recording = self._record(shape.batch, seed)
         shape.taken += 1
-        if shape.tape is None or shape.values is None:
+        if (found := shape.recording) is None:
             return self._step(shape.batch, self._generator)
-        shape.tape.play()
-        for weight, gradient in zip(self._weights, shape.gradients, strict=True):
+        found.tape.play()
+        for weight, gradient in zip(self._weights, found.gradients, strict=True):
             weight.grad = gradient
-        return dict(zip(shape.names, shape.values.clone().unbind(), strict=True))
+        return dict(zip(found.names, found.values.clone().unbind(), strict=True))
 
-    def _record(self, shape: _Shape, seed: int) -> None:
-        """Records the step on a shape's input, or says why it can't be."""
+    def _record(self, batch: Batch, seed: int) -> _Recording | None:
+        """Records the step on an input, or says why it can't be."""
+        names: list[str] = []
 
         def work() -> Tensor:
-            scalars = self._step(shape.batch, self._generator)
-            shape.names = tuple(scalars)
+            scalars = self._step(batch, self._generator)
+            names.extend(scalars)
             return torch.stack([scalar.detach().float() for scalar in scalars.values()])
 
         tape = self._blank()
         for weight in self._weights:
             weight.grad = None  # what is recorded must not add to what lies elsewhere
         try:
-            shape.values = tape.record(work, self._generator)
+            values = tape.record(work, self._generator)
         except RuntimeError as error:
             self._records = False
             self._generator = torch.Generator(self._generator.device).manual_seed(seed)  # the other may be unusable
             self._refused(" ".join(str(error).split())[:200])
-            return
+            return None
         self._generator.manual_seed(seed)
-        shape.tape, shape.gradients = tape, tuple(weight.grad for weight in self._weights)
+        return _Recording(tape, tuple(names), values, tuple(weight.grad for weight in self._weights))
 
 
 def padded_shapes(batch: Batch) -> tuple[torch.Size, ...]:

@@ -14,7 +14,7 @@ from itertools import islice
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cluster.kmeans import KMeansSettings, fit
 from cluster.outliers import outlier_scores
@@ -26,8 +26,8 @@ from sst.errors import UserError
 from sst.nn.network import DetectorDescriptor, LandmarkDetector, use_kernels
 from sst.nn.optimizer import Update
 from sst.nn.precision import laid_out
-from sst.nn.replay import PLAIN_STEPS, own_stream, taken_on
-from sst.nn.steps import Batch, random_batch, stage1_losses, stage2_losses
+from sst.nn.replay import PLAIN_STEPS, own_stream, seeded, training_step
+from sst.nn.steps import Batch, Losses, random_batch, stage1_losses, stage2_losses
 from sst.run.placement import REST_GB, WORKER_GB, Machine
 from sst.train.extraction import extract_descriptors, keypoints_of, predict_shard
 from sst.train.keypoints import generic_detector
@@ -233,22 +233,17 @@ def stage_seconds(
     active = torch.ones(clusters, dtype=torch.bool, device=device)
     shard = min(corpus.train, key=lambda each: each.samples)
 
-    def step(given: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        model.zero_grad()
-        losses = (
-            stage1_losses(model, given, settings.stage1_step(), generator)
-            if stage == 1
-            else stage2_losses(model, given, active, settings.stage2_step(), generator)
-        )
-        losses.total().backward()
-        update.step()
-        return losses.metrics()
+    def losses_of(given: Batch, generator: torch.Generator) -> Losses:
+        if stage == 1:
+            return stage1_losses(model, given, settings.stage1_step(), generator)
+        return stage2_losses(model, given, active, settings.stage2_step(), generator)
 
-    take = taken_on(device, step, list(model.parameters()), refused=lambda why: None)  # the run will say
+    step, recorded = training_step(model, update, losses_of), device.type == "cuda"
+    take = seeded(step, list(model.parameters()), recorded, refused=lambda why: None)  # the run will say
 
     def one_step() -> None:
         take(batch, 0)
-        if device.type == "cuda":
+        if recorded:
             torch.cuda.synchronize()
 
     def one_pass() -> None:
@@ -266,26 +261,38 @@ def stage_seconds(
         )
 
     with own_stream(device):
-        _, first_step = timed(one_step, time.perf_counter, PLAIN_STEPS if device.type == "cuda" else 1)
-        step_seconds, _ = timed(one_step, time.perf_counter)
+        step_seconds, first_step = timed(one_step, time.perf_counter, first=PLAIN_STEPS + 1 if recorded else 1)
     model.eval()
     pass_seconds, first_pass = timed(one_pass, time.perf_counter)
     return step_seconds, pass_seconds / shard.samples, first_step + first_pass
 
 
-def timed(work: Callable[[], None], clock: Callable[[], float], repeats: int = 3) -> tuple[float, float]:
-    """(median seconds of up to so many times, seconds that the first time took beyond that).
+def timed(
+    work: Callable[[], None], clock: Callable[[], float], repeats: int = 3, first: int = 1
+) -> tuple[float, float]:
+    """(median seconds of up to so many times, seconds that the first ones took beyond that).
 
-    After `MEASURE_SECONDS` it is not repeated again; where already the first time took longer, once.
+    After `MEASURE_SECONDS` it is not repeated again; where already the first ones took longer, once.
+
+    Args:
+        work: what is timed.
+        clock: gives seconds.
+        repeats: times that count.
+        first: times before them, until everything is ready.
     """
-    taken: list[float] = []
-    began = clock()
-    while len(taken) < 2 or (len(taken) <= repeats and clock() - began - taken[0] < MEASURE_SECONDS):
+
+    def seconds(times: int = 1) -> float:
         started = clock()
-        work()
-        taken.append(clock() - started)
-    usual = statistics.median(taken[1:])
-    return usual, max(0.0, taken[0] - usual)
+        for _ in range(times):
+            work()
+        return clock() - started
+
+    ready, taken = seconds(first), list[float]()
+    began = clock()
+    while not taken or (len(taken) < repeats and clock() - began < MEASURE_SECONDS):
+        taken.append(seconds())
+    usual = statistics.median(taken)
+    return usual, max(0.0, ready - first * usual)
 
 
 def some_labels(images: int, settings: TrainSettings) -> Labels:

@@ -7,7 +7,6 @@ Everything here runs without Ray, alone or in a DDP group. The order of samples 
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,7 +20,7 @@ from sst.errors import Stopped, Unwell
 from sst.nn.network import DetectorDescriptor, LandmarkDetector, use_kernels
 from sst.nn.optimizer import Update
 from sst.nn.precision import Precision, laid_out, uses_bf16
-from sst.nn.replay import own_stream, taken_on
+from sst.nn.replay import own_stream, seeded, training_step
 from sst.nn.steps import Batch, Losses, stage1_losses, stage2_losses
 from sst.train.checkpoint import latest_checkpoint, write_checkpoint
 from sst.train.health import Watch, dead_scales, signs
@@ -127,8 +126,8 @@ class Trainer:
         self.settings = self.settings.with_precision(precision)
         network = self.settings.network
         obstacle = use_kernels(device, network.shape, network.input_size, precision)
-        line = {"device": str(device), "convolutions": precision, "obstacle": obstacle}
-        self.tools.log({"kind": "arithmetic"} | line)
+        line = {"kind": "arithmetic", "device": str(device), "convolutions": precision, "obstacle": obstacle}
+        self.tools.log(line)
 
     def _train(self, index: int, done: int, record: RoundRecord) -> None:
         """Steps of one phase, from step `done` of it on."""
@@ -170,36 +169,25 @@ class Trainer:
 
         Alone on a GPU it is recorded and replayed; what workers send each other is not.
         """
-        learner, losses_of = self.learner, self._losses_of(phase, record)
-
-        def step(batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-            learner.network.zero_grad()
-            losses = losses_of(learner.wrapped, batch, generator=generator)
-            # DDP takes the mean over the workers, each of which has a summand of the loss of the whole batch.
-            (losses.total(self.group.total(losses.counts)) * self.group.world).backward()
-            # DDP has averaged the gradients, so their norm, and what follows from it, is the same on all ranks.
-            norm, finite = learner.update.step()
-            return losses.metrics() | {"gradient_norm": norm, "finite": finite}
-
-        device, weights = self.group.device, list(learner.network.parameters())
-        if self.group.world == 1:
-            return taken_on(device, step, weights, self._not_recorded)
-        generator = torch.Generator(device)
-        return lambda batch, seed: step(batch, generator.manual_seed(seed))
+        learner, group, losses_of = self.learner, self.group, self._losses_of(phase, record)
+        step = training_step(learner.network, learner.update, losses_of, group.total, group.world)
+        alone_on_gpu = group.device.type == "cuda" and group.world == 1
+        return seeded(step, list(learner.network.parameters()), alone_on_gpu, self._not_recorded)
 
     def _not_recorded(self, obstacle: str) -> None:
         """Says that steps are launched one kernel at a time."""
         self.tools.log({"kind": "not_recorded", "obstacle": obstacle})
 
-    def _losses_of(self, phase: Phase, record: RoundRecord) -> Callable[..., Losses]:
-        """What a step of a phase computes of the network, a batch and a generator."""
-        device = self.group.device
+    def _losses_of(self, phase: Phase, record: RoundRecord) -> Callable[[Batch, torch.Generator], Losses]:
+        """What a step of a phase computes of a batch and a generator."""
+        device, wrapped = self.group.device, self.learner.wrapped
         partner = None if record.partner is None else torch.tensor(record.partner, device=device)
         if phase.stage == 1:
             points = record.kind == "keypoints" and self.settings.stage1.warmup_classes == "points"
-            return partial(stage1_losses, step=self.settings.stage1_step(points), partner_K=partner)
-        active = torch.tensor(record.active, device=device)
-        return partial(stage2_losses, step=self.settings.stage2_step(), active_K=active, partner_K=partner)
+            one = self.settings.stage1_step(points)
+            return lambda batch, generator: stage1_losses(wrapped, batch, one, generator, partner)
+        active, two = torch.tensor(record.active, device=device), self.settings.stage2_step()
+        return lambda batch, generator: stage2_losses(wrapped, batch, active, two, generator, partner)
 
     def _stop_asked(self) -> bool:
         """Whether the run is to end; all workers answer alike."""
