@@ -49,16 +49,16 @@ from sst.train.checkpoint import latest_checkpoint
 from sst.train.model import load_model
 from sst.train.run_directory import RunDirectory
 
-WARM_UP, STAGE_1 = 1 / 11, 5 / 11
-"""Shares of all steps after which warm-up and stage 1 end: 1,000 + 4,000 + 6,000 in the preset faces-cpu."""
+WARM_UP, STAGE_1 = 500 / 3400, 1300 / 3400
+"""Shares of all steps after which warm-up and stage 1 end: 500 + 800 + 2,100 in the preset faces-cpu."""
 
-MIN_ROUND, MAX_ROUNDS = 100, 8
+MIN_ROUND, MAX_ROUNDS = 100, 4
 """Steps without which a round teaches the descriptors too little for another, and the preset's number of rounds."""
 
 MIN_IMAGES, MAX_IMAGES = 64, 1500
 """Fewer than the least give too few descriptors for the clusters; more than the most make passes longer, not better."""
 
-REFINEMENT, MAX_REFINEMENTS = 60, 6
+REFINEMENT, MAX_REFINEMENTS = 100, 6
 """Steps of a refinement, and how many there are at most; they have half of stage 2 where that is long enough."""
 
 MIN_LABELS = 0.5
@@ -69,8 +69,8 @@ the learning rate, of their 0.03 a step, so that thirty steps take a third; thos
 
 INPUT_SIZE, DEPTH, CLUSTERS = 256, 4, 40
 
-MIN_STEPS = 400
-"""Steps for which rather fewer images are taken in each."""
+MIN_STEPS = 2000
+"""Steps for which rather fewer images are taken in each: after a warm-up of some dozens a detector finds nothing."""
 
 VIEW_SECONDS = 0.02
 """Seconds of a core for a random view of 256 px."""
@@ -113,8 +113,8 @@ def scale_of(width: int, gpu: bool, minutes: float) -> Scale:
     """Sizes and seconds of a width on this machine, with its GPU or on its cores.
 
     On a GPU the published batches at 1,500 images a second of full width (as measured on an H200). On cores the time of
-    an image is measured, and the batch is the largest, up to that of the preset faces-cpu, with which there are some
-    hundred steps.
+    an image is measured, and the batch is the largest, up to 32, with which there are some
+    thousand steps.
     """
     if gpu:
         return Scale(width, 64, 1 / 1500, 60.0)
@@ -156,6 +156,11 @@ class Schedule:
         """Rounds of stage 2 in which the landmarks refine themselves."""
         return max(1, min(MAX_REFINEMENTS, self.stage2 // (2 * REFINEMENT)))
 
+    @property
+    def refinement(self) -> int:
+        """Steps of each."""
+        return min(REFINEMENT, self.stage2 // 2)
+
 
 def schedule(minutes: float, scale: Scale) -> Schedule:
     """The schedule for so many minutes: a quarter of them for passes over the images, the rest for steps.
@@ -172,7 +177,7 @@ def schedule(minutes: float, scale: Scale) -> Schedule:
         warm_up=max(2, int(WARM_UP * steps)),
         rounds=rounds,
         round_steps=max(2, in_rounds // rounds),
-        stage2=max(REFINEMENT + 12, int((1 - STAGE_1) * steps)),
+        stage2=max(24, int((1 - STAGE_1) * steps)),
     )
 
 
@@ -186,8 +191,8 @@ def train_words(plan: Schedule, scale: Scale, out: Path, name: str) -> list[str]
         "cluster.clusters": CLUSTERS,
         "stage1.pairs": scale.pairs, "stage1.warmup-iterations": plan.warm_up,
         "stage1.rounds": plan.rounds, "stage1.round-iterations": plan.round_steps,
-        "stage2.batch": scale.batch, "stage2.iterations": plan.stage2 - plan.refinements * REFINEMENT,
-        "stage2.refine-rounds": plan.refinements, "stage2.refine-iterations": REFINEMENT,
+        "stage2.batch": scale.batch, "stage2.iterations": plan.stage2 - plan.refinements * plan.refinement,
+        "stage2.refine-rounds": plan.refinements, "stage2.refine-iterations": plan.refinement,
         "stage2.min-population": max(4, round(0.06 * plan.images)),
         "resources.checkpoint-steps": max(5, min(200, plan.warm_up)),
     }  # fmt: skip
