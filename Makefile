@@ -23,9 +23,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/python -m jobs.demo
 
-## All tests but the slow ones.
+## All tests but the slow ones, in two processes: tests that start a Ray cluster in one, the others in the other.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest

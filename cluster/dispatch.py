@@ -27,13 +27,13 @@ class RayMap:
     """
 
     def __init__(
-        self, num_cpus: float, progress: Callable[[int, int], None] | None = None, num_gpus: float = 0.0
+        self, num_cpus: float, progress: Callable[[str, int, int], None] | None = None, num_gpus: float = 0.0
     ) -> None:
         """Remembers what a task takes.
 
         Args:
             num_cpus: CPUs that Ray sets aside per task.
-            progress: called with (done, total) whenever a shard is finished.
+            progress: called with (function's name, done, total) whenever a shard is finished.
             num_gpus: share of a GPU that Ray sets aside per task; without one a task sees no GPU.
         """
         self.num_cpus = num_cpus
@@ -56,13 +56,13 @@ class RayMap:
         running: dict[Any, int] = {}
         for number, items in enumerate(arguments):
             if len(running) >= window:
-                self._collect(running, results, len(arguments))
+                self._collect(function.__name__, running, results, len(arguments))
             running[task.remote(function, *items)] = number
         while running:
-            self._collect(running, results, len(arguments))
+            self._collect(function.__name__, running, results, len(arguments))
         return [results[number] for number in range(len(arguments))]
 
-    def _collect(self, running: dict[Any, int], results: dict[int, T], total: int) -> None:
+    def _collect(self, name: str, running: dict[Any, int], results: dict[int, T], total: int) -> None:
         import ray
 
         done, _ = ray.wait(list(running), num_returns=1)
@@ -73,7 +73,7 @@ class RayMap:
                 ray.cancel(reference)
             raise error.as_instanceof_cause() from None
         if self.progress:
-            self.progress(len(results), total)
+            self.progress(name, len(results), total)
 
 
 def _call(function: Callable[..., T], *arguments: Any) -> T:

@@ -53,12 +53,17 @@ def arithmetic_line(line: dict[str, Any]) -> str:
 class TimeLeft:
     """Estimates a run's remaining time from its measured speed in each stage.
 
-    Rounds and predictions are counted with what the last one took.
+    Passes over the images between two phases are counted with what the last ones took.
     """
 
-    def __init__(self, phases: Sequence[Phase]) -> None:
-        """Begins without any measurement."""
-        self._phases = phases
+    def __init__(self, phases: Sequence[Phase], images: int) -> None:
+        """Begins without any measurement.
+
+        Args:
+            phases: of the run.
+            images: that each pass goes over.
+        """
+        self._phases, self._images = phases, images
         self._step_seconds: dict[int, float] = {}
         self._between: dict[int, float] = {}
         self._last: tuple[float, int, int] | None = None
@@ -72,11 +77,14 @@ class TimeLeft:
             before = self._step_seconds.get(line["stage"], latest)
             self._step_seconds[line["stage"]] = 0.8 * before + 0.2 * latest
         elif self._last is not None and phase != self._last[1]:
-            self._between[line["stage"]] = now - self._last[0]
+            trained = line["phase_step"] * self._step_seconds.get(line["stage"], 0.0)
+            self._between[line["stage"]] = max(0.0, now - self._last[0] - trained)
         self._last = (now, phase, step)
         if not self._step_seconds:
             return "?"
-        other, pause, seconds = max(self._step_seconds.values()), max(self._between.values(), default=0.0), 0.0
+        # Without gradients an image takes a third of its time in a step, and it is seen twice.
+        guess = 2 / 3 * self._images / line["images_per_second"]
+        other, pause, seconds = max(self._step_seconds.values()), max(self._between.values(), default=guess), 0.0
         for ahead in self._phases[phase:]:
             todo = ahead.steps - (line["phase_step"] if ahead.round == phase else 0)
             seconds += todo * self._step_seconds.get(ahead.stage, other) + self._between.get(ahead.stage, pause)
@@ -86,9 +94,9 @@ class TimeLeft:
 class Show:
     """Shows a run's metrics: a live line in a terminal, plain lines elsewhere."""
 
-    def __init__(self, phases: Sequence[Phase]) -> None:
-        """Begins."""
-        self._left = TimeLeft(phases)
+    def __init__(self, phases: Sequence[Phase], images: int) -> None:
+        """Begins; see `TimeLeft`."""
+        self._left = TimeLeft(phases, images)
         self._live = sys.stdout.isatty()
         self._printed = 0.0
         if self._live:

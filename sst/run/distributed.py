@@ -210,16 +210,14 @@ def ray_tools(
     settings: TrainSettings,
     actor: Any,
     log: Callable[[dict[str, Any]], None],
-    what: str = "shards",
     num_gpus: float = 0.0,
 ) -> Tools:
-    """Tools that run k-means in the actor and shards as tasks.
+    """Tools that run k-means in the actor and shards as tasks; progress names a pass by what it does with a shard.
 
     Args:
         settings: of the run.
         actor: runs k-means.
         log: takes one line of metrics.
-        what: which shards are shown as progress.
         num_gpus: share of a GPU for each task that seeks first keypoints.
     """
     import ray
@@ -235,7 +233,8 @@ def ray_tools(
             log(without_cuml(reason))
         return result
 
-    def progress(done: int, total: int) -> None:
+    def progress(function: str, done: int, total: int) -> None:
+        what = " ".join(word for word in function.split("_") if word not in ("", "shard", "task"))
         log({"kind": "shards", "what": what, "done": done, "total": total})
 
     return Tools(fit, RayMap(TASK_CPUS, progress), log, detect_on_shards=RayMap(TASK_CPUS, progress, num_gpus))

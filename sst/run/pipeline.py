@@ -113,7 +113,7 @@ def tracked_run(
             metrics = MetricsFile(run.url)
             show.say(describe(corpus, placed, kmeans_backend(actor, settings, metrics.write)))
             try:
-                tools = ray_tools(settings, actor, metrics.write, "keypoints", detector_gpus(settings, gpu))
+                tools = ray_tools(settings, actor, metrics.write, detector_gpus(settings, gpu))
                 if keypoints is not None:
                     share_keypoints(settings, corpus, keypoints, tools)
                 make_first_round(settings, corpus, run, tools, keypoints)
@@ -158,7 +158,8 @@ def showing(run: RunDirectory, settings: TrainSettings, corpus: Corpus, tracker:
     """While inside, new lines of the metrics file are shown and sent to MLflow."""
     reader, stop = MetricsReader(run.url, skip_present=True), threading.Event()
     size = settings.network.input_size
-    show = Show(plan(settings, corpus.manifest.samples_of("train")))
+    images = corpus.manifest.samples_of("train")
+    show = Show(plan(settings, images), images)
 
     def draw(number: int) -> None:
         try:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import takewhile
 
 import mlflow
 import numpy as np
@@ -21,6 +22,8 @@ from sst.data.shards import Manifest
 from sst.report.evaluate_run import Run, evaluate_run
 from sst.run.distributed import TASK_CPUS
 from tests.runs import all_labels, arguments, lines, model_bytes
+
+pytestmark = pytest.mark.xdist_group("ray")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,6 +89,12 @@ def test_task_processes_stay_while_workers_train(undisturbed):
     after = run_on_shards(os.getpid, [()] * 4)
     ray.kill(trainers)
     assert set(after) <= set(before)
+
+
+def test_each_pass_over_the_shards_is_shown_once_and_by_a_name_of_its_own(undisturbed):
+    first = takewhile(lambda line: line["kind"] != "round", lines(undisturbed))
+    passes = [line["what"] for line in first if line["kind"] == "shards" and line["done"] == line["total"]]
+    assert passes == ["detect", "score", "filter", "assign", "population"]
 
 
 def test_evaluate_puts_a_run_beside_its_baselines(undisturbed, capsys):

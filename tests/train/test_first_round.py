@@ -20,6 +20,7 @@ from sst.train.rounds import ROUND_SEED
 from sst.train.run_directory import RunDirectory
 from sst.train.schedule import derived_seed
 from sst.train.superpoint import SuperPointNetwork
+from tests.cluster import stand_in
 from tests.small import SETTINGS, local_tools, write_scenes, write_toy
 
 SIZE = 256
@@ -123,6 +124,19 @@ def test_background_removal_takes_more_of_the_background_than_of_the_object(scen
     (rings, letters), (rings_kept, letters_kept) = counts
     assert rings > 200 and letters > 1_000
     assert rings_kept < 0.5 * rings and letters_kept > 0.8 * letters
+
+
+def test_background_removal_keeps_to_the_rules_of_cuml(scenes, tmp_path, monkeypatch):
+    stand_in.install(monkeypatch)
+    keypoints = KeypointSettings(
+        max_num_keypoints=100, outlier_reference=2_000, remove_background=True, inside_clusters=20, outside_clusters=50
+    )
+    settings = settings_with(keypoints)
+    settings = settings.changed(cluster=settings.cluster.changed(backend="cuml"))
+    record = make_first_round(settings, scenes, RunDirectory(str(tmp_path)), local_tools([], settings))
+    assert record.backend == "cuml"
+    asked = {each["n_clusters"] for each in stand_in.KMeans.fits}
+    assert asked == {20, 50, settings.cluster.clusters}
 
 
 def test_too_little_background_is_named(scenes, tmp_path):

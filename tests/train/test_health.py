@@ -310,7 +310,7 @@ def test_a_warning_is_shown_at_once_and_again_in_the_report_and_decides_the_exit
     watch, metrics = Watch(signs(PRESETS["faces-cpu"][1])), MetricsFile(str(tmp_path))
     (told,) = watch.look({"kind": "round", "round": 2, "clusters_kept": 0.225})
     metrics.write(told.line())
-    Show([]).line(told.line())
+    Show([], 0).line(told.line())
     said = capsys.readouterr().out
     assert said.startswith("warning: round 2: clusters in use are 22% of what they were.") and "--cluster" in said
     (warned,) = seen_on_the_way([told.line(), {"kind": "step"}, told.line()])
@@ -388,7 +388,7 @@ def test_a_cuml_that_cannot_work_is_said_once_where_people_look(when, monkeypatc
     for _ in range(2):
         assert fit([(url, np.arange(20))], KMeansSettings(3)).backend == "torch"
     (line,) = lines
-    Show([]).line(line)
+    Show([], 0).line(line)
     assert "bad_alloc" in capsys.readouterr().out and "bad_alloc" in seen_on_the_way(lines)[0].text
     MetricsFile(str(tmp_path)).write(line)
     assert why_unwell(str(tmp_path)) is None
