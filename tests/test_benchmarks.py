@@ -8,9 +8,11 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import Ridge
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import ablation, fullsize, gpu, labels, objective
+from benchmarks import ablation, fullsize, gpu, labels, layers, objective
 from benchmarks.checks import DidNotHold, NotRunHere, checked, isolated, job, report
 from benchmarks.fullsize import Scale, schedule, train_words
 from benchmarks.round import rounds_of
@@ -23,6 +25,7 @@ from jobs import train
 from sst.data.corpus import Corpus, open_corpus
 from sst.data.shards import Manifest, SampleMeta, ShardWriter
 from sst.errors import UserError
+from sst.nn.network import DetectorDescriptor, NetworkShape
 from sst.report.evaluation import PROTOCOLS
 from sst.run.claim import claim
 from sst.run.metrics import MetricsFile
@@ -311,6 +314,20 @@ def test_single_checks_can_be_asked_for(tmp_path, capsys):
     assert "| export | **did not hold** | 0 | run drawings has no model" in (tmp_path / "checks.md").read_text()
     assert gpu.Command(size="cpu", out=tmp_path, only=("exports",)).run(()) == 2
     assert "no check is called 'exports'; there are install, " in capsys.readouterr().err
+
+
+def test_the_table_of_layers_has_the_operations_that_torch_counts_and_the_bytes_of_two_layers_by_hand():
+    shape, size, images = NetworkShape(16, 2, 2, 16), 64, 3
+    costs = layers.costs_of(shape, size, images)
+    with FlopCounterMode(display=False) as counter:
+        heat, descriptors = DetectorDescriptor(shape)(torch.zeros(images, 3, size, size))
+        (heat.sum() + descriptors.sum()).backward()
+    of_images = 2 * (7 * 7 * 3) * 4 * 32 * 32  # no gradient of the images is asked for
+    assert images * (sum(cost.flop for cost in costs.values()) - of_images) == counter.get_total_flops()
+    read_and_written = 3 * (3 * 64 * 64 + 4 * 32 * 32 + 4 * 3 * 7 * 7 / images)  # input, output and weights
+    assert costs["convolution 7 x 7"].moved == pytest.approx(2 * read_and_written)
+    # Two levels, 16 x 16 and 8 x 8 cells of 16 channels: read whole and written by quarters, and back.
+    assert costs["halving"].moved == 2 * 2.5 * 16 * (16 * 16 + 8 * 8)
 
 
 @pytest.mark.slow
