@@ -104,10 +104,12 @@ def galleries(
             yield k, np.stack(crops[k]), np.stack(marks[k])
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as PNG bytes."""
+def png(picture: Figure | np.ndarray) -> bytes:
+    """A chart, or an image (uint8 RGB), as PNG bytes."""
+    if isinstance(picture, np.ndarray):
+        return cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    picture.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     return buffer.getvalue()
 
 
@@ -152,7 +154,9 @@ def draw_all(run: RunDirectory, corpus: Corpus, model: ModelRecord, scores: Scor
     test = (corpus.manifest.shards_of("test") or corpus.train)[0]
     shown = choose(run, corpus, test, GRID_IMAGES, size)
     seen = np.stack(shown.confidence) >= visible
-    pictures = {"landmarks": plots.landmark_grid(np.stack(shown.views), np.stack(shown.points), seen)}
+    pictures: dict[str, Figure | np.ndarray] = {
+        "landmarks": plots.landmark_grid(np.stack(shown.views), np.stack(shown.points), seen)
+    }
     before = choose(run, corpus, corpus.train[0], PAIR_IMAGES, size)
     seen = np.stack(before.confidence) >= visible
     pictures["before_after"] = plots.before_after(np.stack(before.views), before.first, np.stack(before.points), seen)
@@ -167,7 +171,7 @@ def draw_all(run: RunDirectory, corpus: Corpus, model: ModelRecord, scores: Scor
                 f"landmark_{k:02d}",
                 f"Landmark {k} (cluster {model.clusters[k]}) on {len(crops)} images: the mark should lie on "
                 f"the same part.",
-                png(plots.cluster_gallery(crops, marks, f"Landmark {k}")),
+                png(plots.cluster_gallery(crops, marks)),
             )
         )
     return drawn

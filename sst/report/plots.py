@@ -1,61 +1,52 @@
-"""Pictures from arrays: each function draws one figure and returns it, touching no global state.
+"""Pictures from arrays, touching no global state: images in a grid, and charts.
 
-Every landmark has a colour and a number; the colours are Okabe and Ito's, safe for colour-blind readers, and
-repeat with another marker shape.
+Images are put together pixel by pixel: a figure with an axis for each of a thousand of them would take a minute.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sst.predict.overlay import COLOURS
+from sst.predict.overlay import draw_cross, draw_landmarks, draw_points
 
-MARKERS = "osD^v<>phX"
+GAP = 8
+"""White pixels between the images of a grid."""
+
+MAGNIFIED = 2
+"""Pixels of a gallery for one of the view."""
+
 LINE_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#000000")
 DASHES = ("-", "--", ":", "-.")
 
 
-def style(landmark: int) -> dict[str, Any]:
-    """Colour and marker of a landmark, the same in every picture."""
-    return {
-        "color": COLOURS[landmark % len(COLOURS)],
-        "marker": MARKERS[landmark // len(COLOURS) % len(MARKERS)],
-        "markeredgecolor": "black",
-        "markeredgewidth": 0.6,
-        "linestyle": "none",
-    }
+def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Images of one size beside and below each other on white.
+
+    Args:
+        images: uint8 (H, W, 3) each.
+        columns: images beside each other, where there are so many.
+
+    Returns:
+        uint8 RGB.
+    """
+    height, width, _ = images[0].shape
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    sheet = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, np.uint8)
+    for number, image in enumerate(images):
+        top, left = number // columns * (height + GAP), number % columns * (width + GAP)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
 
 
-def _grid(count: int, columns: int, side: float = 2.0) -> tuple[Figure, list[Axes]]:
-    columns = max(1, min(columns, count))
-    rows = max(1, -(-count // columns))
-    figure = Figure(figsize=(side * columns, side * rows), layout="constrained")
-    axes = list(np.atleast_1d(figure.subplots(rows, columns)).flat)
-    for axis in axes:
-        axis.set_axis_off()
-    return figure, axes
-
-
-def _show(axis: Axes, image_HW3: np.ndarray) -> None:
-    axis.imshow(image_HW3)
-    axis.set_autoscale_on(False)  # else a landmark outside the image would shrink it
-
-
-def _draw_points(axis: Axes, points_K2: np.ndarray, numbers: Sequence[int], named: bool) -> None:
-    for (x, y), number in zip(points_K2, numbers, strict=True):
-        axis.plot(x, y, markersize=5, **style(number))
-        if named:
-            axis.annotate(
-                str(number), (x, y), (3, 3), textcoords="offset points", fontsize=5, color="white",
-                bbox={"boxstyle": "round,pad=0.1", "facecolor": "black", "alpha": 0.55, "linewidth": 0},
-            )  # fmt: skip
-
-
-def landmark_grid(images_NHW3: np.ndarray, points_NK2: np.ndarray, visible_NK: np.ndarray, columns: int = 6) -> Figure:
+def landmark_grid(
+    images_NHW3: np.ndarray, points_NK2: np.ndarray, visible_NK: np.ndarray, columns: int = 6
+) -> np.ndarray:
     """Visible landmarks on each image.
 
     Args:
@@ -64,42 +55,41 @@ def landmark_grid(images_NHW3: np.ndarray, points_NK2: np.ndarray, visible_NK: n
         visible_NK: which landmarks are drawn.
         columns: images beside each other.
     """
-    figure, axes = _grid(len(images_NHW3), columns)
-    for axis, image, points, visible in zip(axes, images_NHW3, points_NK2, visible_NK, strict=False):
-        _show(axis, image)
-        _draw_points(axis, points[visible], np.flatnonzero(visible).tolist(), named=True)
-    return figure
+    names = [str(number) for number in range(points_NK2.shape[1])]
+    drawn = zip(images_NHW3, points_NK2, visible_NK, strict=True)
+    return grid([draw_landmarks(image, points, visible, names) for image, points, visible in drawn], columns)
 
 
-def label_grid(images: Sequence[np.ndarray], labels: Sequence[tuple[np.ndarray, np.ndarray]]) -> Figure:
+def label_grid(images: Sequence[np.ndarray], labels: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """Labelled points on each image.
 
     Args:
         images: uint8 (H, W, 3) each.
         labels: per image points (n, 2) in its pixels, and clusters (n,).
     """
-    figure, axes = _grid(len(images), 4)
-    for axis, image, (points, cluster) in zip(axes, images, labels, strict=False):
-        _show(axis, image)
-        _draw_points(axis, points, cluster.tolist(), named=True)
-    return figure
+    return grid(
+        [
+            draw_points(image, points, cluster.tolist(), [str(number) for number in cluster])
+            for image, (points, cluster) in zip(images, labels, strict=True)
+        ],
+        4,
+    )
 
 
-def cluster_gallery(crops_NHW3: np.ndarray, marks_N2: np.ndarray, title: str) -> Figure:
-    """Crops around one landmark with its place marked by a cross.
+def cluster_gallery(crops_NHW3: np.ndarray, marks_N2: np.ndarray) -> np.ndarray:
+    """Crops around one landmark, magnified, with its place marked by a cross.
 
     Args:
         crops_NHW3: uint8, at most 64.
         marks_N2: pixels of the crops.
-        title: heading.
     """
-    figure, axes = _grid(len(crops_NHW3), 8, side=0.9)
-    figure.suptitle(title, fontsize=10)
-    for axis, crop, (x, y) in zip(axes, crops_NHW3, marks_N2, strict=False):
-        _show(axis, crop)
-        for colour, width in (("black", 2.4), ("#F0E442", 1.2)):
-            axis.plot(x, y, marker="+", markersize=9, color=colour, markeredgewidth=width)
-    return figure
+    height, width = (MAGNIFIED * side for side in crops_NHW3.shape[1:3])
+    marked = [
+        # Centres of pixels are whole numbers, so magnifying moves the first centre too.
+        draw_cross(cv2.resize(crop, (width, height)), MAGNIFIED * mark + (MAGNIFIED - 1) / 2)
+        for crop, mark in zip(crops_NHW3, marks_N2, strict=True)
+    ]
+    return grid(marked, 8)
 
 
 def before_after(
@@ -107,7 +97,7 @@ def before_after(
     first: Sequence[tuple[np.ndarray, np.ndarray]],
     points_NK2: np.ndarray,
     visible_NK: np.ndarray,
-) -> Figure:
+) -> np.ndarray:
     """First keypoints above, trained landmarks below, on the same images.
 
     Args:
@@ -116,17 +106,12 @@ def before_after(
         points_NK2: landmarks, pixels of the images.
         visible_NK: which landmarks are drawn.
     """
-    count = len(images_NHW3)
-    figure, axes = _grid(2 * count, count)
-    for column, image in enumerate(images_NHW3):
-        upper, lower = axes[column], axes[count + column]
-        _show(upper, image)
-        _show(lower, image)
-        _draw_points(upper, first[column][0], first[column][1].tolist(), named=False)
-        _draw_points(lower, points_NK2[column][visible_NK[column]], np.flatnonzero(visible_NK[column]).tolist(), False)
-    axes[0].set_title("first keypoints", fontsize=9, loc="left")
-    axes[count].set_title("trained landmarks", fontsize=9, loc="left")
-    return figure
+    above = [
+        draw_points(image, points, cluster.tolist())
+        for image, (points, cluster) in zip(images_NHW3, first, strict=True)
+    ]
+    drawn = zip(images_NHW3, points_NK2, visible_NK, strict=True)
+    return grid([*above, *(draw_landmarks(*each) for each in drawn)], len(above))
 
 
 def error_curves(forward_L: np.ndarray, backward_K: np.ndarray, protocol: str) -> Figure:

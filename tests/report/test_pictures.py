@@ -7,6 +7,7 @@ import time
 import numpy as np
 from PIL import Image
 
+from sst.predict.overlay import COLOURS, draw_points
 from sst.progress import clock, duration
 from sst.report import plots
 from sst.report.advice import Warned, landmark_facts
@@ -35,14 +36,29 @@ def test_invisible_landmarks_are_not_drawn():
     assert bare.shape == drawn.shape
     assert np.abs(bare - drawn).sum() > 0
     # Landmark 4's colour appears only where it is drawn.
-    colour = np.array([int(plots.COLOURS[4][i : i + 2], 16) for i in (1, 3, 5)])
+    colour = np.array([int(COLOURS[4][i : i + 2], 16) for i in (1, 3, 5)])
     assert (np.abs(drawn - colour).sum(-1) < 12).any() and not (np.abs(bare - colour).sum(-1) < 12).any()
 
 
-def test_a_landmark_outside_the_image_does_not_shrink_it():
-    outside = np.full((1, 1, 2), 90.0)
-    drawn = plots.landmark_grid(IMAGES[:1], outside, np.ones((1, 1), bool))
-    assert drawn.axes[0].get_xlim() == (-0.5, 63.5) and drawn.axes[0].get_ylim() == (63.5, -0.5)
+def test_a_grid_has_every_image_in_its_place_and_a_landmark_outside_of_one_is_not_on_another():
+    outside = np.full((3, 1, 2), 90.0)
+    drawn = plots.landmark_grid(IMAGES, outside, np.ones((3, 1), bool), columns=2)
+    step = 64 + plots.GAP
+    assert drawn.shape == (step + 64, step + 64, 3)
+    for image, (top, left) in zip(IMAGES, ((0, 0), (0, step), (step, 0)), strict=True):
+        assert (drawn[top : top + 64, left : left + 64] == image).all()
+    assert (drawn[64:step] == 255).all() and (drawn[step:, step:] == 255).all()
+
+
+def test_a_cross_marks_the_place_of_the_landmark_in_the_magnified_crop():
+    places = np.array([[10.0, 20.0], [30.25, 7.75]])
+    drawn = plots.cluster_gallery(np.zeros((2, 40, 40, 3), np.uint8), places).astype(float)
+    for number, place in enumerate(places):
+        left = number * (80 + plots.GAP)
+        yellow = drawn[:, left : left + 80].sum(-1) * (drawn[:, left : left + 80, 2] < 100)
+        centre = [(yellow.sum(axis) * np.arange(80)).sum() / yellow.sum() for axis in (0, 1)]
+        # The middle of pixel x of the crop lies between pixels 2x and 2x + 1.
+        assert np.allclose(centre, 2 * place + 0.5, atol=0.15)
 
 
 def test_rounds_are_counted_in_whole_numbers():
@@ -59,14 +75,15 @@ def test_every_panel_of_curves_is_drawn():
 
 
 def test_every_landmark_looks_different():
-    looks = {(plots.style(k)["color"], plots.style(k)["marker"]) for k in range(80)}
+    black = np.zeros((40, 40, 3), np.uint8)
+    looks = {draw_points(black, np.array([[20.0, 20.0]]), [number]).tobytes() for number in range(80)}
     assert len(looks) == 80
 
 
 def test_other_pictures_are_drawn():
     first = [(POINTS[i][:5], np.arange(5)) for i in range(3)]
     assert pixels(plots.before_after(IMAGES, first, POINTS, np.ones((3, 12), bool))).std() > 0
-    assert pixels(plots.cluster_gallery(IMAGES, POINTS[:, 0], "Landmark 0")).std() > 0
+    assert pixels(plots.cluster_gallery(IMAGES, POINTS[:, 0])).std() > 0
     assert pixels(plots.error_curves(np.linspace(0.01, 0.05, 20), np.linspace(0.02, 0.04, 9), "toy")).std() > 0
     rounds = [{"round": 0, "labels_per_image": 9.0}, {"round": 1, "labels_per_image": 8.0, "inertia": 0.1}]
     assert pixels(plots.round_statistics(rounds)).std() > 0
