@@ -1,5 +1,6 @@
 """Scores of a finished run: predictions against annotations, which nothing else in the system reads."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from cluster.assignment import assign
 from sst.config import TrainSettings
 from sst.data.corpus import Corpus, open_corpus
 from sst.data.shards import ShardInfo, read_shard
+from sst.environment import usable_cpus
 from sst.errors import GivenPath, UserError
 from sst.nn.geometry import SCORING_SIZE, STRIDE, box_to_view, transform_points
 from sst.report.evaluation import MIN_TRAIN, PROTOCOLS, Scores, constant_guess, evaluate, percent
@@ -104,8 +106,8 @@ def score_first_keypoints(
     thresholds = np.array(record.thresholds)
     detector = generic_detector(settings.keypoints, settings.network.input_size)
     to_pixels = SCORING_SIZE / settings.network.input_size * STRIDE
-    parts = []
-    for shard, numbers in annotated.rows:
+
+    def matched(shard: ShardInfo, numbers: np.ndarray) -> np.ndarray:
         found, _ = first_keypoints(corpus.url, shard, detector, settings.network.input_size)
         points = np.full((len(numbers), len(centroids), 2), np.nan)
         for row, number in enumerate(numbers):
@@ -113,7 +115,10 @@ def score_first_keypoints(
             match = assign(descriptors, centroids)
             sure = match.distance < thresholds[match.cluster]
             points[row, match.cluster[sure]] = each[match.point[sure]] * to_pixels
-        parts.append(points)
+        return points
+
+    with ThreadPoolExecutor(usable_cpus()) as pool:  # OpenCV and torch let other threads compute
+        parts = list(pool.map(matched, *zip(*annotated.rows, strict=True)))
     return evaluate(np.concatenate(parts), annotated.groundtruth, annotated.is_test, protocol_of(corpus))
 
 
