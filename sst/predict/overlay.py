@@ -52,8 +52,8 @@ def draw_points(
     """
     image = np.ascontiguousarray(image_HW3).copy()
     side = min(image.shape[:2])
-    radius = max(2.0, side / 110, min(4.0, side / 48))
-    height = max(0.35, side / 1100)  # of the letters, in OpenCV's unit
+    radius = max(2.0, side / 110, min(4.5, side / 48))
+    height = max(0.4, side / 1100)  # of the letters, in OpenCV's unit
     for point, number in zip(points_N2, numbers, strict=True):
         colour, corners, turn = look(number)
         angles = np.linspace(0, 2 * np.pi, corners, endpoint=False) + np.deg2rad(turn - 90)
@@ -70,9 +70,9 @@ def draw_points(
 
 
 def draw_cross(image_HW3: np.ndarray, point: np.ndarray) -> np.ndarray:
-    """The image with a yellow cross of a seventh of its side, centred on a point (x, y) in its pixels."""
-    image, half = np.ascontiguousarray(image_HW3).copy(), min(image_HW3.shape[:2]) / 14
-    for shade, width in (((0, 0, 0), 3), ((240, 228, 66), 1)):
+    """The image with a yellow cross of a fifth of its side, centred on a point (x, y) in its pixels."""
+    image, half = np.ascontiguousarray(image_HW3).copy(), min(image_HW3.shape[:2]) / 10
+    for shade, width in (((0, 0, 0), 5), ((240, 228, 66), 2)):
         for arm in (np.array([half, 0.0]), np.array([0.0, half])):
             ends = [np.round((point + side * arm) * 2**_SHIFT).astype(int).tolist() for side in (-1, 1)]
             cv2.line(image, ends[0], ends[1], shade, width, cv2.LINE_AA, _SHIFT)
