@@ -84,7 +84,7 @@ PRESETS: dict[str, tuple[str, TrainSettings]] = {
         ),
     ),
     "toy-cpu": (
-        "the embedded corpus on 2 CPU cores in five minutes",
+        "the embedded corpus on 2 CPU cores in six to ten minutes",
         TrainSettings(
             network=SMALL,
             keypoints=KeypointSettings(outlier_share=0.1, outlier_reference=5_000, outlier_neighbours=7),
