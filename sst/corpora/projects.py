@@ -232,7 +232,7 @@ def read_label_studio(path: str) -> Project:
             for result in done[-1]["result"]:
                 if result["type"] not in ("keypointlabels", "rectanglelabels", "relation"):
                     tally.add(UNREAD.format(result["type"]), image)
-            objects += _task(place, image, done[-1]["result"])
+            objects += _task(place, image, done[-1]["result"], tally)
     names = dict.fromkeys(name for each in objects for name in each.places)
     return Project(list(names), objects, notes=tally.lines())
 
@@ -248,7 +248,7 @@ def _task_image(task: Mapping[str, Any]) -> str:
     return re.sub(r"(/upload/(?:.*/)?)[0-9a-f]{8}-", r"\1", path).lstrip("/")
 
 
-def _task(place: str, image: str, results: Sequence[Mapping[str, Any]]) -> Iterator[Labelled]:
+def _task(place: str, image: str, results: Sequence[Mapping[str, Any]], tally: Tally) -> Iterator[Labelled]:
     """Objects of a task: a rectangle with the points that are joined to it, and all other points as one object.
 
     An only rectangle has all points. Its size and place are percentages of the image's sides, as theirs are.
@@ -256,8 +256,8 @@ def _task(place: str, image: str, results: Sequence[Mapping[str, Any]]) -> Itera
     points = {each["id"]: each for each in results if each["type"] == "keypointlabels"}
     rectangles = {each["id"]: each for each in results if each["type"] == "rectanglelabels"}
     regions = [*rectangles.values(), *points.values()]
-    if any(each.get("image_rotation") or each["value"].get("rotation") for each in regions):
-        raise UserError(f"{place}: a rotated image or rectangle; turn the image itself before annotating")
+    if any(each.get("image_rotation") for each in regions):
+        raise UserError(f"{place}: a rotated image; turn the image itself before annotating")
     joined = [(each["from_id"], each["to_id"]) for each in results if each["type"] == "relation"]
     joined += [(key, each["parentID"]) for key, each in points.items() if each.get("parentID")]
     owner = {
@@ -273,13 +273,20 @@ def _task(place: str, image: str, results: Sequence[Mapping[str, Any]]) -> Itera
         places[name] = (x - CORNER, y - CORNER)
     for rectangle, places in grouped.items():
         size = (round(regions[0]["original_width"]), round(regions[0]["original_height"]))
-        box = None
-        if rectangle is not None:
-            (x, y), (width, height) = (
-                _percent(rectangles[rectangle], *two) for two in (("x", "y"), ("width", "height"))
-            )
-            box = (x, y, x + width, y + height)
+        box = None if rectangle is None else _rectangle(rectangles[rectangle], image, tally)
         yield Labelled(image, places=places, box=box, size=size)
+
+
+def _rectangle(region: Mapping[str, Any], name: str, tally: Tally) -> Box:
+    """The box of a rectangle, which may be turned, clockwise about its upper left corner."""
+    (x, y), (width, height) = _percent(region, "x", "y"), _percent(region, "width", "height")
+    degrees = region["value"].get("rotation") or 0
+    if not degrees:
+        return x, y, x + width, y + height
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    across, down = x + (cosine * width - sine * height) / 2, y + (sine * width + cosine * height) / 2
+    box = (across - width / 2, down - height / 2, across + width / 2, down + height / 2)
+    return around(box, degrees, name, tally)
 
 
 def _percent(region: Mapping[str, Any], across: str, down: str) -> Place:
