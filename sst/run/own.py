@@ -23,7 +23,7 @@ from sst.data.corpus import Corpus, open_corpus
 from sst.data.shards import MANIFEST
 from sst.environment import usable_cpus
 from sst.errors import GivenPath, UserError
-from sst.outputs import refuse_overlap
+from sst.outputs import NewDirectory, refuse_overlap
 from sst.presets import PRESETS
 from sst.progress import duration
 from sst.report.advice import FEW_IMAGES
@@ -208,8 +208,16 @@ def pack_own(command: OwnCommand, run: RunDirectory) -> None:
     choose(sum(item.split == "train" for item in items), command.landmarks, this_machine())  # before any work
     data = look(command.images, folder.pictures_of(command.images, command.annotations).names, command.annotations)
     several_for_every_worker = max(32, min(256, len(items) // 16))
-    pack_source(config.model_copy(update={"shard_samples": several_for_every_worker}), found)
+    directory = NewDirectory(run.url)
+    # Before the shards: whenever this ends, there are none without it, and without their manifest it is not read.
     storage.write_json(run.packed_url, data.model_dump())
+    try:
+        pack_source(config.model_copy(update={"shard_samples": several_for_every_worker}), found)
+    except BaseException:
+        if not storage.exists(storage.join(run.shards_url, MANIFEST)):
+            storage.remove(run.packed_url)
+            directory.take_back()
+        raise
 
 
 def check_unchanged(command: OwnCommand, run: RunDirectory) -> None:
@@ -218,7 +226,13 @@ def check_unchanged(command: OwnCommand, run: RunDirectory) -> None:
     Raises:
         UserError: saying what has changed, and what to do.
     """
-    if command.as_packed or not storage.exists(run.packed_url):  # a run of an earlier version has no note
+    if command.as_packed:
+        return
+    if not storage.exists(run.packed_url):  # shards of an earlier version, or packed otherwise
+        print(
+            f"note: {run.url} holds no packed.json, so it is not known whether pictures have changed since",
+            file=sys.stderr,
+        )
         return
     if not Path(command.images).is_dir():
         print(f"note: {command.images} is gone; {run.url} goes on with what it packed", file=sys.stderr)
