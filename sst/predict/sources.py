@@ -200,7 +200,7 @@ def _video(name: str) -> Sources:
     announced = max(0, int(min(video.get(cv2.CAP_PROP_FRAME_COUNT), 1e9)))
     if not name.lower().endswith(COUNTED_SUFFIXES) and announced == len(stored) + 1:
         announced = len(stored)
-    numbers = FrameNumbers.of(stored, announced, rate, name.lower().endswith(TIMED_SUFFIXES))
+    numbers = FrameNumbers.of(stored, announced, rate, name.lower().endswith(TIMED_SUFFIXES) and not best.is_avi)
     notes: list[str] = []
 
     def targets() -> Iterator[Target]:
@@ -209,7 +209,10 @@ def _video(name: str) -> Sources:
             attempts += 1
             good, frame = video.read()
             if good:
-                number = numbers.next(video.get(cv2.CAP_PROP_POS_MSEC))
+                time = video.get(cv2.CAP_PROP_POS_MSEC)
+                if read == 0 and best.is_avi:
+                    numbers.begin(time, attempts - 1)
+                number = numbers.next(time)
                 read += 1
                 yield Target(f"frame_{number:06d}", np.ascontiguousarray(frame[:, :, ::-1]), image_id=number + 1)
             elif attempts >= len(stored):  # a frame that can't be decoded is passed over, the next may be whole
@@ -257,12 +260,14 @@ class FrameNumbers:
         rate: frames per second, where frames are missing among the stored ones and the times show where; else None.
         known: whether numbers are those of the undamaged video.
         last: the latest number.
+        late: by how many frames the decoder's times are late.
     """
 
     times: Sequence[float]
     rate: float | None
     known: bool
     last: int = -1
+    late: int = 0
 
     @classmethod
     def of(cls, times: Sequence[float], announced: int, rate: float, timed: bool = False) -> "FrameNumbers":
@@ -282,16 +287,30 @@ class FrameNumbers:
         gaps = steady and int(places[-1].round()) + 1 > len(times)
         return cls(times, rate if steady else None, known=gaps or (steady and timed))
 
+    def begin(self, time: float, failed: int) -> None:
+        """Learns from the first frame how late its times are, of a file that does not store them.
+
+        Where codecs store frames in another order than they are shown (B-frames), the decoder waits for those that it
+        needs, and its frames get the times of the packets that it has by then.
+
+        Args:
+            time: of the first frame that could be decoded, in milliseconds.
+            failed: frames before it that could not.
+        """
+        if self.times:
+            step = (self.times[-1] - self.times[0]) / max(1, len(self.times) - 1)
+            self.late = max(0, self._place(time) - self._place(self.times[0]) - failed)
+            self.times = [*self.times, *(self.times[-1] + step * (n + 1) for n in range(self.late))]
+
     def next(self, time: float) -> int:
         """The number of the frame that is shown at `time` in milliseconds; each is given once."""
-        if self.rate is not None:
-            number = round(time * self.rate / 1000)
-        elif self.times:
-            number = bisect_left(self.times, time - 0.5)
-        else:
-            number = self.last + 1
-        self.last = max(number, self.last + 1)
+        self.last = max(self._place(time) - self.late, self.last + 1)
         return self.last
+
+    def _place(self, time: float) -> int:
+        if self.rate is not None:
+            return round(time * self.rate / 1000)
+        return bisect_left(self.times, time - 0.5) if self.times else self.last + self.late + 1
 
 
 def as_box(corners: Sequence[float] | np.ndarray) -> Box:

@@ -1,6 +1,7 @@
 """Damaged AVI files: frames keep their numbers where the file's index tells them, and else it is said."""
 
 import struct
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +91,36 @@ def test_frames_after_damage_keep_their_numbers(tmp_path, code, damage):
             assert notes[0].endswith("the others keep their numbers")
         if damage in ("name", "size", "larger size", "smaller size"):
             assert found == {each: each for each in range(FRAMES)} and notes == []
+
+
+@pytest.mark.parametrize("damage", ["none", "name", "all"])
+@pytest.mark.parametrize(("codec", "late"), [("libx264 -g 12", 2), ("mpeg4 -bf 2 -vtag XVID -q:v 5", 1)])
+def test_frames_that_are_stored_in_another_order_have_their_numbers(tmp_path, codec, late, damage):
+    """The decoder's times are late by as many frames as it waits for, in an undamaged file too."""
+    ffmpeg = pytest.importorskip("imageio_ffmpeg").get_ffmpeg_exe()
+    plain, path = tmp_path / "plain.avi", tmp_path / "a.avi"
+    numbered(plain, "MJPG")
+    codecs = ["-c:v", *codec.split(), "-pix_fmt", "yuv420p"]
+    subprocess.run([ffmpeg, "-loglevel", "error", "-i", plain, *codecs, path], check=True)
+    with readable(str(path)) as best:
+        video = cv2.VideoCapture(best.path)
+        assert video.read()[0] and round(video.get(cv2.CAP_PROP_POS_MSEC) / 100) == late
+    data = path.read_bytes()
+    starts = starts_of(data)
+    if damage != "none":
+        path.write_bytes(DAMAGES[damage](data, starts[20], starts[21]))
+    found, notes = read(path)
+    sound = [each for each in range(FRAMES) if damage != "all" or not 18 <= each < 36]
+    assert [found.get(each) for each in sound] == sound
+    assert (len(found) == FRAMES and notes == []) or damage == "all"
+
+
+def test_a_first_frame_that_is_lost_moves_no_numbers(tmp_path):
+    data = numbered(tmp_path / "a.avi", "MJPG")
+    starts = starts_of(data)
+    for first in (1, 3):
+        (tmp_path / "a.avi").write_bytes(overwritten(data, starts[0] + 8, starts[first] - starts[0] - 8, zeros=True))
+        assert read(tmp_path / "a.avi")[0] == {each: each for each in range(first, FRAMES)}
 
 
 def test_without_an_index_it_is_said_from_where_on_numbers_are_not_known(tmp_path):
