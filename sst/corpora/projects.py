@@ -31,6 +31,9 @@ from sst.errors import UserError
 
 CORNER = 0.5
 
+RECTANGLES = ("rectanglelabels", "rectangle")
+"""What Label Studio calls rectangles with and without a label of their own."""
+
 UNREAD = "shapes of the kind {}, which are not read"
 CVAT_AGAIN = "export the task anew as 'CVAT for images 1.1'"
 
@@ -183,7 +186,9 @@ def _deeplabcut_table(path: Path) -> tuple[list[str], list[Labelled], int]:
         rows = [row for row in csv.reader(file) if row]
     header = {row[0]: row for row in rows[:4] if row[0] in ("scorer", "individuals", "bodyparts", "coords")}
     if missing := [line for line in ("bodyparts", "coords") if line not in header]:
-        raise UserError(f"{path}: no line {missing[0]!r} at its beginning, so no table of DeepLabCut's labels")
+        raise UserError(
+            f"{path}: no line {missing[0]!r} at its beginning, so no table of DeepLabCut's labels, separated by commas"
+        )
     coords, parts = header["coords"], header["bodyparts"]
     first = coords.index("x")  # what stands before is the image, in one column or in three
     animals = header.get("individuals", [""] * len(coords))
@@ -229,8 +234,10 @@ def read_label_studio(path: str) -> Project:
         done = [each for each in given if not each.get("was_cancelled")]
         if done:
             place, image = f"{path}, task {task.get('id', len(objects))}", _task_image(task)
+            rectangles = {each["id"] for each in done[-1]["result"] if each["type"] in RECTANGLES}
             for result in done[-1]["result"]:
-                if result["type"] not in ("keypointlabels", "rectanglelabels", "relation"):
+                repeats = result["type"] == "labels" and result.get("id") in rectangles
+                if result["type"] not in ("keypointlabels", *RECTANGLES, "relation") and not repeats:
                     tally.add(UNREAD.format(result["type"]), image)
             objects += _task(place, image, done[-1]["result"], tally)
     names = dict.fromkeys(name for each in objects for name in each.places)
@@ -254,7 +261,7 @@ def _task(place: str, image: str, results: Sequence[Mapping[str, Any]], tally: T
     An only rectangle has all points. Its size and place are percentages of the image's sides, as theirs are.
     """
     points = {each["id"]: each for each in results if each["type"] == "keypointlabels"}
-    rectangles = {each["id"]: each for each in results if each["type"] == "rectanglelabels"}
+    rectangles = {each["id"]: each for each in results if each["type"] in RECTANGLES}
     regions = [*rectangles.values(), *points.values()]
     if any(each.get("image_rotation") for each in regions):
         raise UserError(f"{place}: a rotated image; turn the image itself before annotating")
@@ -266,6 +273,8 @@ def _task(place: str, image: str, results: Sequence[Mapping[str, Any]], tally: T
     alone = next(iter(rectangles)) if len(rectangles) == 1 else None
     grouped: dict[str | None, dict[str, Place]] = {key: {} for key in rectangles}
     for key, each in points.items():
+        if not each["value"].get("keypointlabels"):
+            raise UserError(f"{place}: a point without a label; give it one, or delete it")
         name, places = each["value"]["keypointlabels"][0], grouped.setdefault(owner.get(key, alone), {})
         if name in places:
             raise UserError(f"{place}: two points {name!r} of one object; join each to its rectangle by a relation")

@@ -165,6 +165,22 @@ def test_a_rotated_rectangle_of_label_studio_is_taken_by_what_it_covers_when_upr
     assert found.notes[:1] == (said if degrees % 180 else ("objects without points: 1 (b.png)",)), found.notes
 
 
+def test_rectangles_of_label_studio_need_no_label(tmp_path):
+    """`Rectangle` instead of `RectangleLabels`; with `Labels` beside it, the same place comes again as their result."""
+    images(tmp_path, "a.png")
+    plain = {**rectangle("r1", 50, 50, 20, 10), "type": "rectangle"}
+    path = label_studio(tmp_path, task("/a.png", [plain, {**rectangle("r1", 50, 50, 20, 10), "type": "labels"}]))
+    found = interop.annotated(str(path), tmp_path).annotations
+    assert [row.box for row in found.rows] == [(30, 20, 42, 24)] and found.notes == ()
+
+
+def test_a_point_of_label_studio_without_a_label_is_named(tmp_path):
+    nameless = keypoint("eye", 50, 50)
+    del nameless["value"]["keypointlabels"]
+    with pytest.raises(UserError, match="task 7: a point without a label; give it one"):
+        points(tmp_path, label_studio(tmp_path, task("/a.png", [nameless])))
+
+
 def test_a_rotated_image_of_label_studio_is_refused(tmp_path):
     path = label_studio(tmp_path, task("/a.png", [keypoint("eye", 50, 50, image_rotation=90)]))
     with pytest.raises(UserError, match="task 7: a rotated image; turn the image itself before annotating"):
