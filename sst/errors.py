@@ -38,6 +38,16 @@ def _given(path: str) -> str:
     return path
 
 
+def problems(error: ValidationError) -> str:
+    """What is wrong in a record, field by field, in one line."""
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:5])
+
+
+def other_version(error: ValidationError) -> str:
+    """What is wrong in a record, where it may be that of another version, and what to do."""
+    return f"as this version writes it ({problems(error)}); use the version that wrote it, or train again"
+
+
 GivenPath = Annotated[str, AfterValidator(_given)]
 """A path, pattern or URL of a command: not empty."""
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from sst.corpora.annotations import MOSTLY, Annotations, Box, Category, Id, Row, Tally, around, checked
 from sst.corpora.listing import listed
+from sst.corpora.masks import mask_box
 from sst.errors import UserError
 
 
@@ -336,7 +337,7 @@ def _is_size_of_box(rows: Sequence[Row]) -> bool:
 
 # COCO
 
-MASKS = "masks (RLE) without a bbox, which are not read"
+MASKS = "masks (RLE) that are damaged or of another size than the image, without a bbox"
 
 
 def parse_coco(path: str, text: str, tally: Tally) -> Annotations:
@@ -372,8 +373,8 @@ def parse_coco(path: str, text: str, tally: Tally) -> Annotations:
                         "list: their image_id is no id of images")  # fmt: skip
     total, masks = len(content["annotations"]), tally.count(MASKS)
     if masks > MOSTLY * total and all(row.points is None for row in rows):
-        raise UserError(f"{path}: {masks} of {total} objects have only a mask (RLE), which is not read; give each a "
-                        "bbox, as pycocotools.mask.toBbox makes it of a mask")  # fmt: skip
+        raise UserError(f"{path}: {masks} of {total} objects have only a mask (RLE) that is damaged or of another size "
+                        "than the image; give each a bbox")  # fmt: skip
     ids: dict[str, Id] = {}
     for image in images.values():
         ids.setdefault(image["file_name"], image["id"])
@@ -476,7 +477,7 @@ def _coco_row(
 ) -> Row | None:
     """One annotation; None for an object of which nothing is said."""
     points = visible = None
-    box = _coco_box(path, name, entry, tally)
+    box = _coco_box(path, name, entry, image, tally)
     category = next(iter(categories.values())) if len(categories) == 1 else None
     if (identifier := entry.get("category_id")) is not None:
         category = categories.get(_key(identifier), Category(_identifier(identifier), str(identifier)))
@@ -497,8 +498,8 @@ def _coco_row(
     return replace(_image_row(image, entry), box=box, points=points, visible=visible, category=category)
 
 
-def _coco_box(path: str, name: str, entry: Mapping[str, Any], tally: Tally) -> Box | None:
-    """The box of an annotation, or else the one around its outline, which is measured from the same corner."""
+def _coco_box(path: str, name: str, entry: Mapping[str, Any], image: Mapping[str, Any], tally: Tally) -> Box | None:
+    """The box of an annotation, or else the one around its outline or mask, which are measured from the same corner."""
     numbers = _numbers(entry["bbox"], f"{path}: {name}: bbox").tolist() if entry.get("bbox") else []
     outline = entry.get("segmentation")
     if len(numbers) not in (0, 4):
@@ -509,8 +510,8 @@ def _coco_box(path: str, name: str, entry: Mapping[str, Any], tally: Tally) -> B
         degrees = attributes.get("rotation") if isinstance(attributes, dict) and not outline else None
         return around((x, y, x + width, y + height), degrees if isinstance(degrees, int | float) else 0, name, tally)
     if isinstance(outline, dict):
-        tally.add(MASKS, name)
-    if not outline or isinstance(outline, dict):
+        return _coco_mask_box(name, outline, image, tally)
+    if not outline:
         return None
     parts = [_numbers(each, f"{path}: {name}: segmentation") for each in _parts(outline)]
     if odd := [part.size for part in parts if part.size % 2]:
@@ -519,6 +520,20 @@ def _coco_box(path: str, name: str, entry: Mapping[str, Any], tally: Tally) -> B
     corners = np.concatenate(parts).reshape(-1, 2)
     (x0, y0), (x1, y1) = corners.min(0).tolist(), corners.max(0).tolist()
     return x0, y0, x1, y1
+
+
+def _coco_mask_box(name: str, mask: Mapping[str, Any], image: Mapping[str, Any], tally: Tally) -> Box | None:
+    try:
+        height, width = (int(side) for side in mask["size"])
+        if (image.get("height") or height, image.get("width") or width) != (height, width):
+            raise ValueError("of another image")
+        box = mask_box((height, width), mask["counts"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        tally.add(MASKS, name)
+        return None
+    if box is not None:
+        tally.add("boxes taken from the mask (RLE), as there is no bbox", name)
+    return box
 
 
 def _parts(outline: Any) -> list[Any]:

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from sst.corpora.annotations import Annotations, Row, Tally, checked
+from sst.corpora.avi import readable
 from sst.corpora.listing import is_video, listed
 from sst.corpora.packing import UnusableImage
 from sst.corpora.pictures import picture_frame
@@ -173,11 +174,14 @@ def _frame(file: Path, number: int) -> np.ndarray:
     """A frame of a video, RGB."""
     import cv2
 
-    video = cv2.VideoCapture(str(file))
-    video.set(cv2.CAP_PROP_POS_FRAMES, number)
-    at = video.get(cv2.CAP_PROP_POS_FRAMES)
-    good, frame = video.read()
-    video.release()
+    with readable(str(file)) as best:
+        video = cv2.VideoCapture(best.path)
+        video.set(cv2.CAP_PROP_POS_FRAMES, number)
+        at = video.get(cv2.CAP_PROP_POS_FRAMES)
+        good, frame = video.read()
+        video.release()
+    if best.sure is not None and number >= best.sure:
+        raise UnusableImage(f"{file.name} is damaged, and it can't be told which frame is number {number}")
     if not good or at != number:
         raise UnusableImage(f"frame {number} of {file.name} can't be read")
     return np.ascontiguousarray(frame[:, :, ::-1])

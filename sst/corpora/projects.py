@@ -31,6 +31,9 @@ from sst.errors import UserError
 
 CORNER = 0.5
 
+RECTANGLES = ("rectanglelabels", "rectangle")
+"""What Label Studio calls rectangles with and without a label of their own."""
+
 UNREAD = "shapes of the kind {}, which are not read"
 CVAT_AGAIN = "export the task anew as 'CVAT for images 1.1'"
 
@@ -183,7 +186,9 @@ def _deeplabcut_table(path: Path) -> tuple[list[str], list[Labelled], int]:
         rows = [row for row in csv.reader(file) if row]
     header = {row[0]: row for row in rows[:4] if row[0] in ("scorer", "individuals", "bodyparts", "coords")}
     if missing := [line for line in ("bodyparts", "coords") if line not in header]:
-        raise UserError(f"{path}: no line {missing[0]!r} at its beginning, so no table of DeepLabCut's labels")
+        raise UserError(
+            f"{path}: no line {missing[0]!r} at its beginning, so no table of DeepLabCut's labels, separated by commas"
+        )
     coords, parts = header["coords"], header["bodyparts"]
     first = coords.index("x")  # what stands before is the image, in one column or in three
     animals = header.get("individuals", [""] * len(coords))
@@ -229,10 +234,12 @@ def read_label_studio(path: str) -> Project:
         done = [each for each in given if not each.get("was_cancelled")]
         if done:
             place, image = f"{path}, task {task.get('id', len(objects))}", _task_image(task)
+            rectangles = {each["id"] for each in done[-1]["result"] if each["type"] in RECTANGLES}
             for result in done[-1]["result"]:
-                if result["type"] not in ("keypointlabels", "rectanglelabels", "relation"):
+                repeats = result["type"] == "labels" and result.get("id") in rectangles
+                if result["type"] not in ("keypointlabels", *RECTANGLES, "relation") and not repeats:
                     tally.add(UNREAD.format(result["type"]), image)
-            objects += _task(place, image, done[-1]["result"])
+            objects += _task(place, image, done[-1]["result"], tally)
     names = dict.fromkeys(name for each in objects for name in each.places)
     return Project(list(names), objects, notes=tally.lines())
 
@@ -248,16 +255,16 @@ def _task_image(task: Mapping[str, Any]) -> str:
     return re.sub(r"(/upload/(?:.*/)?)[0-9a-f]{8}-", r"\1", path).lstrip("/")
 
 
-def _task(place: str, image: str, results: Sequence[Mapping[str, Any]]) -> Iterator[Labelled]:
+def _task(place: str, image: str, results: Sequence[Mapping[str, Any]], tally: Tally) -> Iterator[Labelled]:
     """Objects of a task: a rectangle with the points that are joined to it, and all other points as one object.
 
     An only rectangle has all points. Its size and place are percentages of the image's sides, as theirs are.
     """
     points = {each["id"]: each for each in results if each["type"] == "keypointlabels"}
-    rectangles = {each["id"]: each for each in results if each["type"] == "rectanglelabels"}
+    rectangles = {each["id"]: each for each in results if each["type"] in RECTANGLES}
     regions = [*rectangles.values(), *points.values()]
-    if any(each.get("image_rotation") or each["value"].get("rotation") for each in regions):
-        raise UserError(f"{place}: a rotated image or rectangle; turn the image itself before annotating")
+    if any(each.get("image_rotation") for each in regions):
+        raise UserError(f"{place}: a rotated image; turn the image itself before annotating")
     joined = [(each["from_id"], each["to_id"]) for each in results if each["type"] == "relation"]
     joined += [(key, each["parentID"]) for key, each in points.items() if each.get("parentID")]
     owner = {
@@ -266,6 +273,8 @@ def _task(place: str, image: str, results: Sequence[Mapping[str, Any]]) -> Itera
     alone = next(iter(rectangles)) if len(rectangles) == 1 else None
     grouped: dict[str | None, dict[str, Place]] = {key: {} for key in rectangles}
     for key, each in points.items():
+        if not each["value"].get("keypointlabels"):
+            raise UserError(f"{place}: a point without a label; give it one, or delete it")
         name, places = each["value"]["keypointlabels"][0], grouped.setdefault(owner.get(key, alone), {})
         if name in places:
             raise UserError(f"{place}: two points {name!r} of one object; join each to its rectangle by a relation")
@@ -273,13 +282,20 @@ def _task(place: str, image: str, results: Sequence[Mapping[str, Any]]) -> Itera
         places[name] = (x - CORNER, y - CORNER)
     for rectangle, places in grouped.items():
         size = (round(regions[0]["original_width"]), round(regions[0]["original_height"]))
-        box = None
-        if rectangle is not None:
-            (x, y), (width, height) = (
-                _percent(rectangles[rectangle], *two) for two in (("x", "y"), ("width", "height"))
-            )
-            box = (x, y, x + width, y + height)
+        box = None if rectangle is None else _rectangle(rectangles[rectangle], image, tally)
         yield Labelled(image, places=places, box=box, size=size)
+
+
+def _rectangle(region: Mapping[str, Any], name: str, tally: Tally) -> Box:
+    """The box of a rectangle, which may be turned, clockwise about its upper left corner."""
+    (x, y), (width, height) = _percent(region, "x", "y"), _percent(region, "width", "height")
+    degrees = region["value"].get("rotation") or 0
+    if not degrees:
+        return x, y, x + width, y + height
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    across, down = x + (cosine * width - sine * height) / 2, y + (sine * width + cosine * height) / 2
+    box = (across - width / 2, down - height / 2, across + width / 2, down + height / 2)
+    return around(box, degrees, name, tally)
 
 
 def _percent(region: Mapping[str, Any], across: str, down: str) -> Place:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cluster import storage
 from sst.data.jpeg import decode_jpeg_scaled
-from sst.errors import UserError
+from sst.errors import UserError, problems
 from sst.outputs import NewDirectory, record_name, recorded, staging_name, write_record
 
 MANIFEST = "manifest.json"
@@ -43,10 +43,6 @@ def _remove_and_pack(url: str) -> str:
 
 def _remedy(url: str) -> str:
     return f"rebuild what is damaged by the `landmarks pack` command that wrote it: ... --out {url} --repair"
-
-
-def _problems(error: ValidationError) -> str:
-    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:5])
 
 
 class ShardInfo(BaseModel):
@@ -167,7 +163,7 @@ class Manifest(BaseModel):
         try:
             return cls.model_validate(storage.read_json(path))
         except ValidationError as error:
-            raise ValueError(f"{path}: not a manifest ({_problems(error)}); {_remove_and_pack(url)}") from error
+            raise ValueError(f"{path}: not a manifest ({problems(error)}); {_remove_and_pack(url)}") from error
         except ValueError as error:
             raise ValueError(f"{path}: not a JSON file ({error.__cause__}); {_remove_and_pack(url)}") from error
 
@@ -414,7 +410,7 @@ def read_shard(url: str, expected_sha256: str | None = None) -> Iterator[RawSamp
     try:
         samples = _parse(url, data)
     except (ValueError, tarfile.TarError, EOFError, OSError) as error:
-        reason = _problems(error) if isinstance(error, ValidationError) else str(error.args[0] if error.args else "")
+        reason = problems(error) if isinstance(error, ValidationError) else str(error.args[0] if error.args else "")
         raise ValueError(f"{url}: damaged shard ({reason}); {remedy}") from error
     yield from samples
 

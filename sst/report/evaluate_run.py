@@ -176,7 +176,8 @@ def evaluate_run(config: Run) -> dict[str, tuple[float, Scores | None]]:
     try:
         _, model = load_model(run.model_url)
     except ValueError as error:
-        raise UserError(f"{error}; go on with the run by the `landmarks train` command that began it") from error
+        remedy = "" if run.has_model() else "; go on with the run by the `landmarks train` command that began it"
+        raise UserError(f"{error}{remedy}") from error
     annotated = AnnotatedImages.of(corpus)
     if annotated is None:
         raise UserError(

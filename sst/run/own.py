@@ -7,11 +7,11 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import psutil
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -22,8 +22,8 @@ from sst.corpora.sources import Folder, images_of, pack_source
 from sst.data.corpus import Corpus, open_corpus
 from sst.data.shards import MANIFEST
 from sst.environment import usable_cpus
-from sst.errors import GivenPath, UserError
-from sst.outputs import refuse_overlap
+from sst.errors import GivenPath, UserError, other_version, problems
+from sst.outputs import NewDirectory, refuse_overlap
 from sst.presets import PRESETS
 from sst.progress import duration
 from sst.report.advice import FEW_IMAGES
@@ -167,7 +167,7 @@ def train_own(command: OwnCommand) -> Outcome:
     given = command.model_dump(include={"images", "landmarks", "annotations", "category", "minutes"})
     given |= {"images": str(Path(command.images).resolve())}
     begun = storage.exists(run.chosen_url)
-    if begun and (changed := differences(storage.read_json(run.chosen_url)["given"], given)):
+    if begun and (changed := differences(_chosen(run)["given"], given)):
         raise UserError(f"{run.url} is a run that was begun otherwise ({'; '.join(changed)}); take another --name")
     if storage.exists(storage.join(run.shards_url, MANIFEST)):
         check_unchanged(command, run)
@@ -176,7 +176,10 @@ def train_own(command: OwnCommand) -> Outcome:
     if not begun:
         settings = own_settings(command, open_corpus(run.shards_url), run.url)
         storage.write_json(run.chosen_url, {"given": given, "settings": settings.model_dump(mode="json")})
-    settings = TrainSettings.model_validate(storage.read_json(run.chosen_url)["settings"])
+    try:
+        settings = TrainSettings.model_validate(_chosen(run)["settings"])
+    except ValidationError as error:
+        raise UserError(f"{run.chosen_url}: settings not {other_version(error)}") from error
     resources = settings.resources.changed(stop_when_unwell=command.stop_when_unwell)
     settings = settings.changed(resources=resources)
     try:
@@ -185,6 +188,28 @@ def train_own(command: OwnCommand) -> Outcome:
         if not begun:
             storage.remove(run.chosen_url)  # the name is free for what is corrected; the shards stay
         raise
+
+
+def _chosen(run: RunDirectory) -> dict[str, Any]:
+    """What `train own` was asked for, and the settings that it chose.
+
+    Raises:
+        UserError: if the record is damaged.
+    """
+    content = _record(run.chosen_url)
+    if not isinstance(content, dict) or not {"given", "settings"} <= content.keys():
+        raise UserError(
+            f"{run.chosen_url}: not what `landmarks train own` writes; remove it and give the same command again, or "
+            "take another --name"
+        )
+    return content
+
+
+def _record(url: str) -> Any:
+    try:
+        return storage.read_json(url)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def pack_own(command: OwnCommand, run: RunDirectory) -> None:
@@ -208,8 +233,20 @@ def pack_own(command: OwnCommand, run: RunDirectory) -> None:
     choose(sum(item.split == "train" for item in items), command.landmarks, this_machine())  # before any work
     data = look(command.images, folder.pictures_of(command.images, command.annotations).names, command.annotations)
     several_for_every_worker = max(32, min(256, len(items) // 16))
-    pack_source(config.model_copy(update={"shard_samples": several_for_every_worker}), found)
+    directory = NewDirectory(run.url)
+    earlier = storage.read_bytes(run.packed_url) if storage.exists(run.packed_url) else None
+    # Before the shards: whenever this ends, there are none without it, and without their manifest it is not read.
     storage.write_json(run.packed_url, data.model_dump())
+    try:
+        pack_source(config.model_copy(update={"shard_samples": several_for_every_worker}), found)
+    except BaseException:
+        if not storage.exists(storage.join(run.shards_url, MANIFEST)):
+            if earlier is None:
+                storage.remove(run.packed_url)
+            else:
+                storage.write_bytes(run.packed_url, earlier)
+            directory.take_back()
+        raise
 
 
 def check_unchanged(command: OwnCommand, run: RunDirectory) -> None:
@@ -218,12 +255,24 @@ def check_unchanged(command: OwnCommand, run: RunDirectory) -> None:
     Raises:
         UserError: saying what has changed, and what to do.
     """
-    if command.as_packed or not storage.exists(run.packed_url):  # a run of an earlier version has no note
+    if command.as_packed:
+        return
+    if not storage.exists(run.packed_url):  # shards of an earlier version, or packed otherwise
+        print(
+            f"note: {run.url} holds no packed.json, so it is not known whether pictures have changed since",
+            file=sys.stderr,
+        )
         return
     if not Path(command.images).is_dir():
         print(f"note: {command.images} is gone; {run.url} goes on with what it packed", file=sys.stderr)
         return
-    before = OwnData.model_validate(storage.read_json(run.packed_url))
+    try:
+        before = OwnData.model_validate(_record(run.packed_url))
+    except ValidationError as error:
+        raise UserError(
+            f"{run.packed_url}: not as this version writes it ({problems(error)}); remove it to go on "
+            "without a look at what has changed"
+        ) from error
     names = folder.pictures_of(command.images, command.annotations).names
     now = look(command.images, names, command.annotations, before)
     if said := changes(before, now):

@@ -76,5 +76,6 @@ def changes(before: OwnData, now: OwnData) -> list[str]:
         if names
     ]
     if (before.annotations and before.annotations.sha256) != (now.annotations and now.annotations.sha256):
-        said.append("the file of --annotations is another one")
+        gone = now.annotations is not None and not now.annotations.sha256
+        said.append(f"the file of --annotations is {'gone' if gone else 'another one'}")
     return said

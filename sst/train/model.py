@@ -8,6 +8,7 @@ from safetensors.torch import load, save
 
 from cluster import storage
 from sst.config import NetworkSettings
+from sst.errors import other_version
 from sst.nn.network import LandmarkDetector
 
 
@@ -82,7 +83,7 @@ def load_model(url: str) -> tuple[LandmarkDetector, ModelRecord]:
     except FileNotFoundError as error:
         raise ValueError(f"{url} holds no landmark model; one is written at the end of `landmarks train`") from error
     except ValidationError as error:
-        raise ValueError(f"{record_url(url)}: not the record of a landmark model") from error
+        raise ValueError(f"{record_url(url)}: not the record of a landmark model {other_version(error)}") from error
     if storage.sha256(data) != record.weights:
         raise ValueError(f"{weights_url(url)} does not match the hash in model.json; copy both again")
     model = LandmarkDetector(record.network.shape, len(record.clusters), record.probabilities)

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cluster import storage
 from cluster.correspondence import labels_url
 from cluster.shards import Labels
+from sst.errors import other_version
 from sst.nn.precision import Precision
 from sst.train.model import record_url
 
@@ -184,13 +185,13 @@ class RunDirectory:
         """The record of a complete round.
 
         Raises:
-            ValueError: if the record is damaged; the message names it.
+            ValueError: if the record is damaged or of another version; the message names it.
         """
         url = storage.join(self.round_url(number), "record.json")
         try:
             return RoundRecord.model_validate(storage.read_json(url))
         except ValidationError as error:
-            raise ValueError(f"{url}: not a round record ({error.error_count()} problems)") from error
+            raise ValueError(f"{url}: not the record of a round {other_version(error)}") from error
 
     def records(self) -> list[RoundRecord]:
         """All complete rounds in their order."""

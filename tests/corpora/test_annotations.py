@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from sst.corpora.annotation_files import read_annotations
 from sst.corpora.annotations import Annotations, match_names, place_annotations, scale_of
+from sst.corpora.masks import mask_box
 from sst.corpora.pictures import picture_frame
 from sst.errors import UserError
 
@@ -300,14 +301,16 @@ def test_an_outline_without_a_box_gives_the_box_around_it(tmp_path, faces, nothi
 
 
 @pytest.mark.parametrize("mask", [{"size": [300, 250], "counts": "abc"}, {"size": [300, 250], "counts": [5, 9]}])
-def test_masks_without_a_box_are_counted_and_most_of_them_refused(tmp_path, faces, mask):
+def test_damaged_masks_without_a_box_are_counted_and_most_of_them_refused(tmp_path, faces, mask):
     def change(content, count, *removed):
         for entry in content["annotations"][:count]:
             entry["segmentation"] = mask
             for name in removed:
                 del entry[name]
 
-    said = "masks (RLE) without a bbox, which are not read: 2 (annotation 1, annotation 2)"
+    said = (
+        "masks (RLE) that are damaged or of another size than the image, without a bbox: 2 (annotation 1, annotation 2)"
+    )
     found = placed(tmp_path / "a.json", changed(lambda c: change(c, 2, "bbox", "keypoints")), faces)
     assert said in found.notes and boxes_of(found) == WANTED[2:]
     found = placed(tmp_path / "a.json", changed(lambda c: change(c, 2, "bbox")), faces)
@@ -315,6 +318,79 @@ def test_masks_without_a_box_are_counted_and_most_of_them_refused(tmp_path, face
     assert placed(tmp_path / "a.json", changed(lambda c: change(c, 10)), faces).notes == ()
     with pytest.raises(UserError, match=r"10 of 10 objects have only a mask \(RLE\).*; give each a bbox"):
         placed(tmp_path / "a.json", changed(lambda c: change(c, 10, "bbox", "keypoints")), faces)
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_a_mask_without_a_box_gives_the_box_around_it(tmp_path, faces, as_text):
+    masks, wanted = {}, list(WANTED)
+    for number in (0, 2):
+        mask = np.zeros((300, 250), bool)
+        x, y, width, height = (int(side) for side in BOXES[number])
+        mask[y : y + height // 2, x : x + width], mask[y : y + height, x + 5 : x + 9] = True, True
+        wanted[number] = (x, y, x + width, y + height)
+        masks[number] = {"size": [300, 250], "counts": text_of(runs_of(mask)) if as_text else runs_of(mask)}
+
+    def change(content):
+        for number, mask in masks.items():
+            content["annotations"][number].update(bbox=None, segmentation=mask)
+
+    found = placed(tmp_path / "a.json", changed(change), faces)
+    assert boxes_of(found) == wanted
+    assert found.notes == ("boxes taken from the mask (RLE), as there is no bbox: 2 (annotation 1, annotation 3)",)
+
+
+def runs_of(mask: np.ndarray) -> list[int]:
+    """Run lengths by a plain loop over the columns."""
+    runs, last = [0], False
+    for value in mask.ravel(order="F").tolist():
+        if value is not last:
+            runs.append(0)
+        runs[-1], last = runs[-1] + 1, value
+    return runs
+
+
+def text_of(runs: list[int]) -> str:
+    """As cocoapi's rleToString writes it."""
+    text = ""
+    for number, run in enumerate(runs):
+        rest = run - (runs[number - 2] if number > 2 else 0)
+        more = True
+        while more:
+            bits, rest = rest & 31, rest >> 5
+            more = rest != (-1 if bits & 16 else 0)
+            text += chr(48 + bits + 32 * more)
+    return text
+
+
+@given(st.integers(1, 7), st.integers(1, 7), st.data())
+def test_the_box_of_a_mask_is_that_of_its_pixels(height, width, data):
+    mask = np.array(data.draw(st.lists(st.booleans(), min_size=height * width, max_size=height * width)))
+    mask = mask.reshape(height, width)
+    wanted = None
+    if mask.any():
+        rows, columns = np.nonzero(mask)
+        wanted = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    assert mask_box((height, width), runs_of(mask)) == wanted
+    assert mask_box((height, width), text_of(runs_of(mask))) == wanted
+
+
+@pytest.mark.parametrize(("size", "text", "box"), [
+    ((2, 2), "04", (0, 0, 2, 2)),  # 0, 4
+    ((2, 2), "4", None),
+    ((3, 3), "324", (1, 0, 2, 2)),  # 3, 2, 4
+    ((10, 10), "X15g1", (4, 0, 5, 5)),  # 40 = 8 + 32, 5, 55 = 23 + 32
+    ((3, 3), "123OO", (0, 0, 3, 3)),  # 1, 2, 3, 2 - 1, 3 - 1
+])  # fmt: skip
+def test_masks_written_by_hand(size, text, box):
+    assert mask_box(size, text) == box
+
+
+@pytest.mark.parametrize(
+    "counts", ["", "3", "05", "0X", "0 4", "0é", "o" * 1_000_000, [], [0, 5], [5, -1], [2.5, None]]
+)
+def test_counts_that_are_no_mask_of_this_size(counts):
+    with pytest.raises((ValueError, TypeError)):
+        mask_box((2, 2), counts)
 
 
 def test_a_rotated_box_of_coco_is_taken_by_what_it_covers(tmp_path, faces):

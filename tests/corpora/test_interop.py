@@ -1,6 +1,8 @@
 """Projects as the tools themselves write them, found on a folder's images."""
 
+import cmath
 import json
+import math
 import zipfile
 from pathlib import Path
 
@@ -142,6 +144,47 @@ def test_label_studio_joins_points_to_rectangles(tmp_path):
     found = interop.annotated(str(label_studio(tmp_path, task("/a.png", results))), tmp_path).annotations
     assert [row.box for row in found.rows] == [(0, 0, 30, 20), (30, 20, 60, 40)]
     np.testing.assert_allclose([row.points for row in found.rows], [[[5.5, 3.5]], [[35.5, 23.5]]])
+
+
+@pytest.mark.parametrize("degrees", [0, 30, 90, 135, 180, 270, 330, -45, 400])
+def test_a_rotated_rectangle_of_label_studio_is_taken_by_what_it_covers_when_upright(tmp_path, degrees):
+    """It is turned clockwise about its upper left corner, in pixels, although its sides are percentages."""
+    images(tmp_path, "a.png", "b.png")
+    turned = rectangle("r1", 50, 50, 20, 10)
+    turned["value"]["rotation"] = degrees
+    tasks = [task("/a.png", [turned, keypoint("eye", 50, 50)]), task("/b.png", [rectangle("r2", 0, 0, 50, 50)])]
+    found = interop.annotated(str(label_studio(tmp_path, *tasks)), tmp_path).annotations
+    # Of the rectangle 12 x 4 pixels at (30, 20) every corner is a complex number, which a factor turns.
+    turn = cmath.exp(1j * math.radians(degrees))
+    corners = [30 + 20j + turn * corner for corner in (0, 12, 4j, 12 + 4j)]
+    across, down = [corner.real for corner in corners], [corner.imag for corner in corners]
+    assert found.rows[0].box == pytest.approx((min(across), min(down), max(across), max(down)), abs=1e-9)
+    assert found.rows[1].box == (0, 0, 30, 20)
+    np.testing.assert_allclose(found.rows[0].points, [[29.5, 19.5]])
+    said = ("rotated boxes, taken by the upright rectangle around them: 1 (a.png)",)
+    assert found.notes[:1] == (said if degrees % 180 else ("objects without points: 1 (b.png)",)), found.notes
+
+
+def test_rectangles_of_label_studio_need_no_label(tmp_path):
+    """`Rectangle` instead of `RectangleLabels`; with `Labels` beside it, the same place comes again as their result."""
+    images(tmp_path, "a.png")
+    plain = {**rectangle("r1", 50, 50, 20, 10), "type": "rectangle"}
+    path = label_studio(tmp_path, task("/a.png", [plain, {**rectangle("r1", 50, 50, 20, 10), "type": "labels"}]))
+    found = interop.annotated(str(path), tmp_path).annotations
+    assert [row.box for row in found.rows] == [(30, 20, 42, 24)] and found.notes == ()
+
+
+def test_a_point_of_label_studio_without_a_label_is_named(tmp_path):
+    nameless = keypoint("eye", 50, 50)
+    del nameless["value"]["keypointlabels"]
+    with pytest.raises(UserError, match="task 7: a point without a label; give it one"):
+        points(tmp_path, label_studio(tmp_path, task("/a.png", [nameless])))
+
+
+def test_a_rotated_image_of_label_studio_is_refused(tmp_path):
+    path = label_studio(tmp_path, task("/a.png", [keypoint("eye", 50, 50, image_rotation=90)]))
+    with pytest.raises(UserError, match="task 7: a rotated image; turn the image itself before annotating"):
+        points(tmp_path, path)
 
 
 def test_only_annotations_that_were_kept_count(tmp_path):

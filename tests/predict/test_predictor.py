@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -344,6 +345,21 @@ def test_a_run_that_has_not_finished_says_so(tmp_path, capsys):
     with pytest.raises(SystemExit):
         job.main([str(tmp_path), "x.jpg", "--out", str(tmp_path / "out")])
     assert "training has not finished" in capsys.readouterr().err
+
+
+def test_a_model_of_another_version_is_called_so(model_url, images, tmp_path, capsys):
+    """Metrics were once called figures."""
+    shutil.copytree(model_url, tmp_path / "model")
+    (record_path,) = (tmp_path / "model").rglob("model.json")
+    record = json.loads(record_path.read_text())
+    record["figures"] = record.pop("metrics")
+    record_path.write_text(json.dumps(record))
+    with pytest.raises(SystemExit) as exit_:
+        job.main([str(tmp_path / "model"), str(images), "--out", str(tmp_path / "out")])
+    lines = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 2 and len(lines) == 1
+    assert lines[0].startswith(f"error: {record_path}: not the record of a landmark model as this version writes it")
+    assert "figures" in lines[0] and lines[0].endswith("use the version that wrote it, or train again")
 
 
 def test_marks_are_drawn_at_the_visible_landmarks_and_nowhere_else():

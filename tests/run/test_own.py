@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from jobs import pack, train
 from sst.config import TrainSettings
 from sst.corpora.drawings import draw
+from sst.corpora.sources import pack_source
 from sst.data.corpus import Corpus, open_corpus
 from sst.data.shards import read_shard
 from sst.errors import UserError
@@ -296,6 +298,94 @@ def test_pictures_or_boxes_that_changed_are_named_with_what_to_do(folder, starte
     folder.rename(folder.parent / "away")
     own(folder, *words)
     assert "is gone" in capsys.readouterr().err and len(started) == 5
+
+
+def test_a_start_that_ended_right_after_packing_or_in_it_does_not_hide_what_changes(
+    folder, started, capsys, monkeypatch
+):
+    class Killed(BaseException):
+        pass
+
+    def killed(_config, _found):
+        raise Killed
+
+    def killed_after(config, found):
+        pack_source(config, found)
+        raise Killed
+
+    run = folder.parent / "runs" / "owls"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("sst.run.own.pack_source", killed)
+        own(folder)
+    assert not run.exists()
+    (folder / "3.jpg").unlink()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("sst.run.own.pack_source", killed_after)
+        own(folder)
+    assert (run / "shards" / "manifest.json").exists() and not (run / "own.json").exists()
+    (folder / "4.jpg").unlink()
+    refused(folder)
+    assert "1 picture is gone (4.jpg)" in capsys.readouterr().err and not started
+    own(folder, "--as-packed")
+    assert len(started) == 1
+
+
+def test_a_record_left_by_a_kill_while_packing_is_written_anew(folder, started):
+    run = folder.parent / "runs" / "owls"
+    own(folder)
+    shutil.rmtree(run / "shards")
+    (run / "own.json").unlink()
+    (folder / "4.jpg").unlink()
+    own(folder)
+    own(folder)
+    assert len(started) == 3 and "4.jpg" not in json.loads((run / "packed.json").read_text())["pictures"]
+
+
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("packed.json", '{"pictures": {"1.j', "packed.json: not a JSON file"),
+    ("packed.json", "{}", "packed.json: not as this version writes it (pictures: Field required)"),
+    ("own.json", '{"given": {', "own.json: not a JSON file"),
+    ("own.json", "{}", "own.json: not what `landmarks train own` writes"),
+    ("own.json", '{"given": GIVEN, "settings": {"rounds": 3}}', "own.json: settings not as this version writes it ("),
+])  # fmt: skip
+def test_a_damaged_record_of_a_run_is_named_and_nothing_is_lost(folder, started, capsys, name, content, said):
+    own(folder)
+    path = folder.parent / "runs" / "owls" / name
+    given = json.dumps(json.loads(path.read_text()).get("given"))
+    path.write_text(content.replace("GIVEN", given))
+    refused(folder)
+    error = capsys.readouterr().err
+    remedy = "use the version that wrote it" if "settings" in said else "remove it"
+    assert said in error and remedy in error and len(started) == 1
+
+
+def test_a_packing_that_is_refused_leaves_the_record_of_an_earlier_one(folder, started):
+    own(folder)
+    run = folder.parent / "runs" / "owls"
+    manifest, record = (run / "shards" / "manifest.json").read_bytes(), (run / "packed.json").read_bytes()
+    (run / "shards" / "manifest.json").unlink()
+    (folder / "3.jpg").unlink()
+    refused(folder)
+    (run / "shards" / "manifest.json").write_bytes(manifest)
+    assert (run / "packed.json").read_bytes() == record
+    refused(folder)
+
+
+def test_annotations_that_are_gone_are_called_so(folder, started, capsys):
+    table = folder.parent / "boxes.csv"
+    table.write_text("file,box_x0,box_y0,box_x1,box_y1\n1.jpg,4,4,40,40\n")
+    own(folder, "--annotations", str(table))
+    table.unlink()
+    refused(folder, "--annotations", str(table))
+    assert "the file of --annotations is gone" in capsys.readouterr().err
+
+
+def test_shards_without_a_record_of_their_pictures_are_used_and_it_is_said(folder, started, capsys):
+    own(folder)
+    (folder.parent / "runs" / "owls" / "packed.json").unlink()
+    assert "packed.json" not in capsys.readouterr().err
+    own(folder)
+    assert "holds no packed.json, so it is not known whether" in capsys.readouterr().err and len(started) == 2
 
 
 def test_points_that_changed_in_a_project_of_several_files_are_noticed(folder, started, capsys):
