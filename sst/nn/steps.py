@@ -293,7 +293,8 @@ def describe(
     input_size: int,
     threshold: float,
     precision: Precision,
-) -> tuple[Tensor, Tensor, Tensor]:
+    enough: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Keypoints of the detector, united with previous labels or alone, and their descriptors (paper, section 3.2).
 
     Args:
@@ -303,20 +304,26 @@ def describe(
         input_size: side S of the view.
         threshold: detector confidence above which a keypoint is taken.
         precision: see `sst.nn.precision`.
+        enough: keypoints of an image from which its previous labels are left out (beyond the paper); None for none.
 
     Returns:
-        Points of each image (B,); points (N, 2) in heatmap units, image by image, previous labels first; and their
-        descriptors (N, D), float16, L2-normalised. All on the batch's device.
+        Points of each image (B,); points (N, 2) in heatmap units, image by image, previous labels first; their
+        descriptors (N, D), float16, L2-normalised; and bool (B,), which images' previous labels were united. All on the
+        batch's device.
     """
     heat, desc = keypoint_maps(model, batch, input_size, precision)
-    image_M, found_M2, _ = decode_keypoints(heat, threshold)
-    if previous_BP2 is None:
-        image_N, points_N2 = image_M, found_M2
-    else:
-        image_N, points_N2 = unite(previous_BP2, image_M, found_M2, *heat.shape[-2:])
+    image_N, points_N2, _ = decode_keypoints(heat, threshold)
+    united_B = torch.zeros(len(heat), dtype=torch.bool, device=heat.device)
+    if previous_BP2 is not None:
+        united_B = torch.bincount(image_N, minlength=len(heat)) < enough if enough is not None else ~united_B
+        few_N = united_B[image_N]
+        labels_BP2 = torch.where(united_B[:, None, None], previous_BP2, torch.nan)
+        image_U, points_U2 = unite(labels_BP2, image_N[few_N], points_N2[few_N], *heat.shape[-2:])
+        image_N, order = torch.cat([image_U, image_N[~few_N]]).sort(stable=True)
+        points_N2 = torch.cat([points_U2, points_N2[~few_N]])[order]
     count_B = torch.bincount(image_N, minlength=len(heat))
     slot_N = torch.arange(len(image_N), device=image_N.device) - (count_B.cumsum(0) - count_B)[image_N]
     padded_BS2 = points_N2.new_zeros(len(count_B), max(1, int(count_B.max())), 2)
     padded_BS2[image_N, slot_N] = points_N2
     raw_ND = sample_descriptors(desc, padded_BS2)[image_N, slot_N]
-    return count_B, points_N2, functional.normalize(raw_ND, dim=-1).half()
+    return count_B, points_N2, functional.normalize(raw_ND, dim=-1).half(), united_B

@@ -126,7 +126,8 @@ def extract_descriptors(
     input_size: int,
     threshold: float,
     precision: Precision,
-) -> tuple[Descriptors, int]:
+    enough: int | None = None,
+) -> tuple[Descriptors, int, int]:
     """Keypoints of the detector, united with previous labels or alone, and their descriptors (paper, section 3.2).
 
     Args:
@@ -137,29 +138,36 @@ def extract_descriptors(
         input_size: side S of the view.
         threshold: detector confidence above which a keypoint is taken.
         precision: see `sst.nn.precision`.
+        enough: see `sst.nn.steps.describe`.
+
+    Returns:
+        The keypoints; how many were dropped, since their descriptors cannot be compared; and in how many images
+        previous labels were united.
     """
     device = next(model.parameters()).device
     counts, points, descriptors = [], [], []  # type: list[np.ndarray], list[np.ndarray], list[np.ndarray]
-    first = 0
+    first = united = 0
     for batch in shard_batches(corpus, shard, input_size, BATCH):
         labels = None
         if previous is not None:
             labels = torch.from_numpy(padded_points(previous, first, len(batch.keys))).to(device)
-        found = describe(
+        *found, united_B = describe(
             model,
             batch.to(device),
             labels,
             input_size=input_size,
             threshold=threshold,
             precision=precision,
+            enough=enough,
         )
         for values, each in zip((counts, points, descriptors), found, strict=True):
             values.append(each.cpu().numpy())
+        united += int(united_B.sum())
         first += len(batch.keys)
     ends = np.cumsum(np.concatenate([[0], *counts]), dtype=np.int64)
     shard_descriptors = Descriptors(ends, np.concatenate(points), np.concatenate(descriptors))
     kept = usable(shard_descriptors.descriptors)
-    return shard_descriptors.keep(kept), int((~kept).sum())
+    return shard_descriptors.keep(kept), int((~kept).sum()), united
 
 
 def usable(descriptors_ND: np.ndarray) -> np.ndarray:

@@ -109,6 +109,17 @@ SIGNS = (
         "lengthen rounds (--stage1.round-iterations), or lower --stage1.learning-rate",
     ),
     Sign(
+        "few keypoints",
+        "earlier_labels_share",
+        0.5,
+        False,
+        "sound rounds find enough in nearly every image (stage1.min_labels); a detector that draws nothing, in none",
+        "{0:.0%} of the images kept labels of the round before, since the detector found hardly any keypoints there",
+        "the detector has learnt to draw nothing, or has not learnt enough yet; such labels get no better",
+        "lengthen the warm-up (--stage1.warmup-iterations), raise --stage1.detector-weight, or lower "
+        "--stage1.threshold",
+    ),
+    Sign(
         "landmarks set back",
         "set_back_share",
         0.5,

@@ -77,7 +77,7 @@ class RoundMaker:
             step: optimizer steps taken in the run.
         """
         number, started = previous.number + 1, time.monotonic()
-        rows, dropped = self._extract(model, previous)
+        rows, dropped, united = self._extract(model, previous)
         extracted = time.monotonic()
         if self.group.rank == 0:
             seed = derived_seed(self.settings.seed, ROUND_SEED, number)
@@ -112,6 +112,7 @@ class RoundMaker:
                 metrics=metrics
                 | kept_shares(metrics, earlier)
                 | {"unusable_descriptors": dropped}
+                | ({} if self.settings.stage1.unite else {"earlier_labels_share": united / found.images})
                 | found_again
                 | moved,
                 seconds=seconds | {"metrics": time.monotonic() - started - sum(seconds.values())},
@@ -240,24 +241,27 @@ class RoundMaker:
     def _progress(self, what: str, done: int) -> None:
         self.tools.log({"kind": "shards", "what": what, "done": done, "total": len(self._mine())})
 
-    def _extract(self, model: nn.Module, previous: RoundRecord) -> tuple[dict[str, int], int]:
+    def _extract(self, model: nn.Module, previous: RoundRecord) -> tuple[dict[str, int], int, int]:
         """Writes the descriptor shards of this worker.
 
         Returns:
-            The rows of all workers' shards, and how many descriptors all workers dropped as unusable.
+            Of all workers: the rows of each shard, how many descriptors were dropped as unusable, and in how many
+            images previous labels were united with keypoints.
         """
-        rows, dropped = {}, 0
+        rows, counts, one = {}, np.zeros(2, int), self.settings.stage1
         with ThreadPoolExecutor(1, thread_name_prefix="save") as pool:
             written: Future[None] | None = None
             for done, shard in enumerate(self._mine(), start=1):
-                descriptors, lost = extract_descriptors(
+                descriptors, *counted = extract_descriptors(
                     model,
                     self.corpus.url,
                     shard,
-                    self.run.labels(previous, shard.file) if self.settings.stage1.unite else None,
+                    self.run.labels(previous, shard.file),
                     input_size=self.settings.network.input_size,
-                    threshold=self.settings.stage1.threshold,
+                    threshold=one.threshold,
                     precision=self.settings.resources.precision,
+                    # A detector that has not learnt enough yet must not leave an image, or the run, without labels.
+                    enough=None if one.unite else one.min_labels,
                 )
                 # Written while the next shard is computed; no more than one waits, or memory would grow.
                 if written:
@@ -265,12 +269,13 @@ class RoundMaker:
                 url = descriptors_url(self.run.round_url(previous.number + 1), shard.file)
                 written = pool.submit(descriptors.save, url)
                 rows[shard.file] = len(descriptors.points)
-                dropped += lost
+                counts += counted
                 self._progress("extract", done)
             if written:
                 written.result()
         everyone = {file: count for each in self.group.gather(rows) for file, count in each.items()}
-        return everyone, sum(self.group.gather(dropped))
+        dropped, united = np.sum(self.group.gather(counts), 0).tolist()
+        return everyone, dropped, united
 
     def _persistence(self, previous: RoundRecord, thresholds: np.ndarray, number: int) -> dict[str, float]:
         if not self.settings.cluster.keep_identities:

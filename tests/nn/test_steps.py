@@ -17,7 +17,7 @@ from cluster.shards import Labels
 from sst.nn.losses import descriptor_loss
 from sst.nn.network import DetectorDescriptor, LandmarkDetector
 from sst.nn.optimizer import Update
-from sst.nn.steps import random_batch, stage1_losses, stage2_losses
+from sst.nn.steps import Batch, describe, random_batch, stage1_losses, stage2_losses
 from sst.presets import PRESETS
 from sst.train.extraction import padded_points
 from tests.small import SETTINGS
@@ -47,6 +47,38 @@ class Waits(TorchDispatchMode):
         if name in WAITING or func.name() in WAITING or masked:
             self.seen.append(name)
         return func(*args, **(kwargs or {}))
+
+
+class Points(torch.nn.Module):
+    """A detector that finds three points in bright images and one in dark ones."""
+
+    def forward(self, images_B3SS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        heat = torch.zeros(len(images_B3SS), 1, 16, 16)
+        heat[:, 0, 3, 3] = 0.9
+        bright = images_B3SS.mean((1, 2, 3)) > 0.5
+        heat[bright, 0, 3, 12] = heat[bright, 0, 12, 3] = 0.9
+        return heat, torch.ones(len(images_B3SS), 4, 16, 16)
+
+
+def test_only_an_image_with_too_few_keypoints_keeps_its_previous_labels():
+    shade = torch.tensor([0.0, 1.0, 0.0]).view(3, 1, 1, 1)
+    stored = torch.full((3, 2), 64.0)
+    batch = Batch(("a", "b", "c"), (255 * shade).expand(3, 64, 64, 3).byte(), stored, torch.eye(3).expand(3, 3, 3),
+                  torch.zeros(3, 0, 2), torch.zeros(3, 0))  # fmt: skip
+    nowhere = [float("nan")] * 2
+    previous = torch.tensor([[[9.0, 9.0], [3.0, 4.0]], [[9.0, 9.0], [13.0, 13.0]], [[5.0, 12.0], nowhere]])
+    told = {"input_size": 64, "threshold": 0.5, "precision": "float32"}
+    found = {enough: describe(Points(), batch, previous, **told, enough=enough) for enough in (None, 2, 1)}
+    places = {
+        enough: [{tuple(p) for p in each.round().tolist()} for each in points.split(counts.tolist())]
+        for enough, (counts, points, _, _) in found.items()
+    }
+    alone = {(3.0, 3.0), (12.0, 3.0), (3.0, 12.0)}
+    assert places[1] == [{(3.0, 3.0)}, alone, {(3.0, 3.0)}] and not found[1][3].any()
+    # The label at (3, 4) beats the point beside it.
+    assert places[2] == [{(9.0, 9.0), (3.0, 4.0)}, alone, {(5.0, 12.0), (3.0, 3.0)}]
+    assert found[2][3].tolist() == [True, False, True]
+    assert places[None] == [places[2][0], alone | {(9.0, 9.0), (13.0, 13.0)}, places[2][2]]
 
 
 def test_the_counter_sees_what_waits() -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sst.config import ResourceSettings, Stage1Settings, Stage2Settings, TrainSettings
 from sst.corpora.drawings import draw
+from sst.data.corpus import Corpus
 from sst.data.shards import SampleMeta, ShardWriter
 from sst.errors import Stopped
 from sst.nn.network import LandmarkDetector
@@ -326,15 +327,31 @@ def test_images_without_any_keypoint_are_legal_everywhere(tmp_path):
     assert len(load_model(run.model_url)[1].clusters) > 0
 
 
+def test_a_detector_that_finds_nothing_yet_does_not_end_a_run_without_old_labels(corpus, tmp_path):
+    blind = SETTINGS.changed(stage1=SETTINGS.stage1.changed(unite=False, threshold=0.999))
+    lines: list[dict] = []
+    train_locally(corpus, str(tmp_path), local_tools(lines), blind)
+    run = RunDirectory(str(tmp_path))
+    rounds = [record for record in run.records() if record.kind == "correspondence"]
+    assert run.has_model() and [record.metrics["earlier_labels_share"] for record in rounds] == [1.0] * 3
+    told = [line for line in lines if line["kind"] == "health" and line["sign"] == "few keypoints"]
+    assert len(told) == 1 and "100% of the images kept labels" in told[0]["text"]
+    for shard in Corpus.open(corpus).train:  # each label lies where one of the first lay
+        first, last = (run.labels(run.record(number), shard.file) for number in (0, 3))
+        for image in range(shard.samples):
+            places = {tuple(point) for point in first.sample(image)[0].tolist()}
+            assert {tuple(point) for point in last.sample(image)[0].tolist()} <= places
+
+
 def test_descriptors_that_are_zero_or_not_finite_are_dropped_and_counted(corpus, monkeypatch, tmp_path):
     sound = extraction.describe
 
     def spoilt(*told, **named):
-        counts, points, descriptors = sound(*told, **named)
+        counts, points, descriptors, united = sound(*told, **named)
         first = (counts.cumsum(0) - counts)[counts > 1]
         descriptors[first] = float("nan")
         descriptors[first + 1] = 0.0
-        return counts, points, descriptors
+        return counts, points, descriptors, united
 
     monkeypatch.setattr(extraction, "describe", spoilt)
     lines: list[dict] = []
