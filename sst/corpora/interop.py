@@ -12,11 +12,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from sst.corpora.annotations import Annotations, Row, Tally, checked
-from sst.corpora.avi import readable
 from sst.corpora.listing import is_video, listed
-from sst.corpora.packing import UnusableImage
 from sst.corpora.pictures import picture_frame
 from sst.corpora.projects import CORNER, Labelled, Project, read_deeplabcut, read_project, reader
+from sst.corpora.videos import frame_of
 from sst.errors import UserError
 
 DRAWN = "_labeled"
@@ -77,7 +76,7 @@ def annotated(path: str, root: Path, names: Sequence[str] | None = None, categor
         name = f"{videos[each.image]}/frame_{each.frame:06d}"
         rows.append(_row(project, each, name, 1.0))
         own = inside.get((each.image, each.frame))
-        frames[name] = partial(_as_rgb, own or partial(_frame, root / places[each.image], each.frame))
+        frames[name] = partial(_as_rgb, own or partial(frame_of, root / places[each.image], each.frame))
     found = checked(Annotations(path, tuple(rows), tuple(project.names), notes=notes), Tally(), category)
     still = any(row.file not in frames for row in rows)
     return Annotated(found, frames, [name for name in names or () if name in set(present)] if still else [])
@@ -168,23 +167,6 @@ def _row(project: Project, each: Labelled, file: str, scale: float) -> Row:
     points = (np.array(places, np.float64) + CORNER) * scale - CORNER
     seen = np.array([name in each.places and name not in each.hidden for name in project.names])
     return Row(file, box=box, points=points, visible=seen)
-
-
-def _frame(file: Path, number: int) -> np.ndarray:
-    """A frame of a video, RGB."""
-    import cv2
-
-    with readable(str(file)) as best:
-        video = cv2.VideoCapture(best.path)
-        video.set(cv2.CAP_PROP_POS_FRAMES, number)
-        at = video.get(cv2.CAP_PROP_POS_FRAMES)
-        good, frame = video.read()
-        video.release()
-    if best.sure is not None and number >= best.sure:
-        raise UnusableImage(f"{file.name} is damaged, and it can't be told which frame is number {number}")
-    if not good or at != number:
-        raise UnusableImage(f"frame {number} of {file.name} can't be read")
-    return np.ascontiguousarray(frame[:, :, ::-1])
 
 
 def _as_rgb(read: Callable[[], np.ndarray]) -> np.ndarray:

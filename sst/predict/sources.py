@@ -1,7 +1,6 @@
 """What landmarks are predicted on: images, folders, shards and videos, with boxes."""
 
 import glob
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +14,9 @@ from sst.corpora.avi import readable
 from sst.corpora.interop import is_project
 from sst.corpora.listing import IMAGE_SUFFIXES, Listing, is_video, pictures_in, shown, sort_in
 from sst.corpora.pictures import picture_count, several_note, white_level, white_note
+from sst.corpora.videos import Video
 from sst.data.shards import MANIFEST, Manifest, decode, read_shard
 from sst.errors import UserError
-
-COUNTED_SUFFIXES = (".mp4", ".mov", ".m4v", ".3gp", ".avi")
-"""Containers that store the number of frames; others derive it from their duration, and may be one off."""
-
-TIMED_SUFFIXES = (".mp4", ".mov", ".m4v", ".3gp", ".mkv", ".webm", ".wmv", ".asf", ".flv")
-"""Containers that store when each frame is shown, so that those before the first loss have no gap, and others one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,45 +181,27 @@ def _holds_video(name: str) -> bool:
 
 
 def _video(name: str) -> Sources:
-    import cv2
-
     if not Path(name).is_file():
         raise UserError(f"{name}: no such file")
     with readable(name) as best:
-        video, stored = cv2.VideoCapture(best.path), packet_times(best.path)
-    if not video.isOpened():
+        video = Video.of(name, best)
+    if video is None:
         raise UserError(f"{name}: not a video that OpenCV can read; convert it to MP4 (H.264) first")
-    rate = video.get(cv2.CAP_PROP_FPS)
-    rate = rate if 0 < rate < 1e4 else 25.0
-    announced = max(0, int(min(video.get(cv2.CAP_PROP_FRAME_COUNT), 1e9)))
-    if not name.lower().endswith(COUNTED_SUFFIXES) and announced == len(stored) + 1:
-        announced = len(stored)
-    numbers = FrameNumbers.of(stored, announced, rate, name.lower().endswith(TIMED_SUFFIXES) and not best.is_avi)
     notes: list[str] = []
 
     def targets() -> Iterator[Target]:
-        attempts = read = 0
-        while True:
-            attempts += 1
-            good, frame = video.read()
-            if good:
-                time = video.get(cv2.CAP_PROP_POS_MSEC)
-                if read == 0 and best.is_avi:
-                    numbers.begin(time, attempts - 1)
-                number = numbers.next(time)
-                read += 1
-                yield Target(f"frame_{number:06d}", np.ascontiguousarray(frame[:, :, ::-1]), image_id=number + 1)
-            elif attempts >= len(stored):  # a frame that can't be decoded is passed over, the next may be whole
-                break
-        video.release()
-        unsure = None if numbers.known else 0
-        notes.extend(_loss(name, read, max(announced, len(stored)), best.sure if best.is_avi else unsure))
+        read = 0
+        for number, frame in video.frames():
+            read += 1
+            yield Target(f"frame_{number:06d}", np.ascontiguousarray(frame[:, :, ::-1]), image_id=number + 1)
+        video.capture.release()
+        notes.extend(_loss(name, read, video.told, video.sure))
 
-    return Sources(targets(), max(1, len(stored) or announced), True, rate, notes)
+    return Sources(targets(), max(1, video.stored or video.announced), True, video.rate, notes)
 
 
 def _loss(name: str, read: int, told: int, sure: int | None) -> Iterator[str]:
-    """What is to be said of a video of which `read` of `told` frames could be read; `sure` as of `readable`."""
+    """What is to be said of a video of which `read` of `told` frames could be read; `sure` as of `Video`."""
     lost = f"{told - read} of {told} frames are lost, since the file is damaged or cut"
     if sure is None or sure >= told:
         if read < told:
@@ -234,83 +210,6 @@ def _loss(name: str, read: int, told: int, sure: int | None) -> Iterator[str]:
     unsure = f"the numbers after frame_{sure - 1:06d}" if sure else "their numbers"
     said = f"{lost}; the others" if read < told else "the file is damaged; its frames"
     yield f"{name}: {said} are numbered in their order, and {unsure} are not known to be right"
-
-
-def packet_times(name: str) -> list[float]:
-    """When each frame of a video is shown, in milliseconds and ascending, without decoding any.
-
-    Empty if OpenCV can't tell, as for formats that it does not read by FFmpeg.
-    """
-    import cv2
-
-    video, times = cv2.VideoCapture(name, cv2.CAP_FFMPEG), []
-    if video.isOpened() and video.set(cv2.CAP_PROP_FORMAT, -1):
-        while video.read()[0]:
-            times.append(float(video.get(cv2.CAP_PROP_POS_MSEC)))
-    video.release()
-    return sorted(times)
-
-
-@dataclass
-class FrameNumbers:
-    """Gives each frame that could be decoded the number that it has in the undamaged video.
-
-    Attributes:
-        times: when the frames that are stored are shown, ascending.
-        rate: frames per second, where frames are missing among the stored ones and the times show where; else None.
-        known: whether numbers are those of the undamaged video.
-        last: the latest number.
-        late: by how many frames the decoder's times are late.
-    """
-
-    times: Sequence[float]
-    rate: float | None
-    known: bool
-    last: int = -1
-    late: int = 0
-
-    @classmethod
-    def of(cls, times: Sequence[float], announced: int, rate: float, timed: bool = False) -> "FrameNumbers":
-        """Settles how to number.
-
-        Args:
-            times: as of `packet_times`.
-            announced: how many frames the file says that it has.
-            rate: frames per second, as the file says.
-            timed: whether the times are stored, rather than counted from frame to frame.
-        """
-        if announced <= len(times):
-            return cls(times, None, known=True)
-        places = np.array(times) * rate / 1000
-        steady = len(times) > 0 and bool((np.abs(places - places.round()) < 0.25).all())
-        # A cut file misses its end alone, and has no gap.
-        gaps = steady and int(places[-1].round()) + 1 > len(times)
-        return cls(times, rate if steady else None, known=gaps or (steady and timed))
-
-    def begin(self, time: float, failed: int) -> None:
-        """Learns from the first frame how late its times are, of a file that does not store them.
-
-        Where codecs store frames in another order than they are shown (B-frames), the decoder waits for those that it
-        needs, and its frames get the times of the packets that it has by then.
-
-        Args:
-            time: of the first frame that could be decoded, in milliseconds.
-            failed: frames before it that could not.
-        """
-        if self.times:
-            step = (self.times[-1] - self.times[0]) / max(1, len(self.times) - 1)
-            self.late = max(0, self._place(time) - self._place(self.times[0]) - failed)
-            self.times = [*self.times, *(self.times[-1] + step * (n + 1) for n in range(self.late))]
-
-    def next(self, time: float) -> int:
-        """The number of the frame that is shown at `time` in milliseconds; each is given once."""
-        self.last = max(self._place(time) - self.late, self.last + 1)
-        return self.last
-
-    def _place(self, time: float) -> int:
-        if self.rate is not None:
-            return round(time * self.rate / 1000)
-        return bisect_left(self.times, time - 0.5) if self.times else self.last + self.late + 1
 
 
 def as_box(corners: Sequence[float] | np.ndarray) -> Box:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from sst.corpora.avi import readable
-from sst.corpora.interop import _frame
 from sst.corpora.packing import UnusableImage
+from sst.corpora.videos import frame_of
 from sst.predict.sources import find_sources
 
 FRAMES, BITS = 40, 6
@@ -162,11 +162,11 @@ def test_a_frame_of_a_project_is_the_one_with_that_number(tmp_path):
     data = numbered(path, "MJPG")
     starts = starts_of(data)
     path.write_bytes(overwritten(data, starts[12], 8))
-    assert [shown(_frame(path, number)) for number in (3, 12, 30)] == [3, 12, 30]
+    assert [shown(frame_of(path, number)) for number in (3, 12, 30)] == [3, 12, 30]
     path.write_bytes(overwritten(data[: starts[35]], starts[12], 8))
-    assert shown(_frame(path, 3)) == 3
+    assert shown(frame_of(path, 3)) == 3
     with pytest.raises(UnusableImage, match="a.avi is damaged, and it can't be told which frame is number 30"):
-        _frame(path, 30)
+        frame_of(path, 30)
 
 
 def chunk(name: bytes, data: bytes) -> bytes:

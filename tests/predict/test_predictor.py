@@ -16,10 +16,11 @@ from PIL import Image
 from jobs import predict as job
 from sst.config import NetworkSettings
 from sst.corpora.drawings import draw
+from sst.corpora.videos import FrameNumbers
 from sst.nn.network import LandmarkDetector
 from sst.predict.overlay import draw_landmarks
 from sst.predict.predictor import ImageLandmarks, in_image, in_view, open_model, resampling, view_of_box
-from sst.predict.sources import FrameNumbers, Sources, find_sources
+from sst.predict.sources import Sources, find_sources
 from sst.train.model import save_model
 from tests.small import write_toy
 
