@@ -23,9 +23,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/python -m jobs.demo
 
-## All tests but the slow ones, in two processes: tests that start a Ray cluster in one, the others in the other.
+## All tests but the slow ones. Those of single packages share the cores; those that start Ray or wait for a clock run alone.
+TOGETHER := tests/nn tests/data tests/cluster tests/corpora tests/train tests/report tests/predict
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n logical --dist loadfile $(TOGETHER)
+	$(BIN)/python -m pytest -m "not slow" $(addprefix --ignore=,$(TOGETHER))
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest

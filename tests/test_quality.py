@@ -5,8 +5,6 @@ import pytest
 from jobs import pack, train
 from sst.report.evaluate_run import Run, evaluate_run
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 SHORT = """
 --network.input-size 64 --stage1.warmup-iterations 250 --stage1.rounds 2 --stage1.round-iterations 100
 --stage2.refine-rounds 2

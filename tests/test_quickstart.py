@@ -5,11 +5,8 @@ from pathlib import Path
 
 import nbclient
 import nbformat
-import pytest
 
 from sst.corpora.drawings import LANDMARK_NAMES
-
-pytestmark = pytest.mark.xdist_group("ray")
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"

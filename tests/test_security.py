@@ -278,7 +278,6 @@ def connections(process: int) -> list:
         return []
 
 
-@pytest.mark.xdist_group("ray")
 def test_nobody_else_can_use_the_cluster_that_a_run_starts():
     """Its dashboard listens on loopback only; Ray's other servers, on all interfaces, want the run's token."""
     script = (

@@ -13,8 +13,6 @@ from cluster import Descriptors, KMeansSettings, fit, rapids, seeding
 from cluster.actor import KMeansActor, even_parts, start_actor
 from tests.cluster.backends import fit_in_parts
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 
 def rows_of(count: int, width: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)

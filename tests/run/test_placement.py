@@ -174,7 +174,6 @@ def test_a_network_seeks_first_keypoints_on_a_gpu_where_kmeans_leaves_room():
     assert detector_gpus(with_keypoints(told(kmeans_gpus=0.9), "transformers"), gpu=True) == 0
 
 
-@pytest.mark.xdist_group("ray")
 def test_ray_places_workers_and_kmeans_on_the_gpus_that_are_there():
     """GPUs are declared, not there: two workers, an actor beside them, a pool before and among them."""
     import ray

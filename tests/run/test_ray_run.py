@@ -23,8 +23,6 @@ from sst.report.evaluate_run import Run, evaluate_run
 from sst.run.distributed import TASK_CPUS
 from tests.runs import all_labels, arguments, lines, model_bytes
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():

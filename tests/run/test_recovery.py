@@ -10,8 +10,6 @@ import pytest
 
 from tests.runs import all_labels, arguments, lines, model_bytes
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 DRIVER = """
 import json, os, sys
 import ray

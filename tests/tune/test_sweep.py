@@ -12,8 +12,6 @@ import pytest
 
 from tests.runs import TINY, lines
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 THRESHOLDS, CLUSTERS = (0.05, 0.99), (8, 20_000)
 """A detector that finds points and one that finds none; clusters that the corpus has, and too many for it."""
 TRIALS = [(threshold, clusters) for threshold in THRESHOLDS for clusters in CLUSTERS]
