@@ -195,8 +195,8 @@ class Stage1Settings(Settings):
     threshold: Share = 0.2
     """Detector confidence above which a keypoint is taken in a round."""
     unite: bool = True
-    """Take the previous labels into each round beside what the detector finds, and before it (published). Else only
-    images in which it finds fewer than `min_labels` keypoints keep their previous labels."""
+    """Take the previous labels into each round beside what the detector finds, and before it (published). Else an
+    image in which it finds fewer than `min_labels` keypoints is labelled at its first ones too."""
     augmentation: Augmentation = Stage1Step.augmentation
     """Random changes of each view."""
 

@@ -110,12 +110,12 @@ SIGNS = (
     ),
     Sign(
         "few keypoints",
-        "earlier_labels_share",
+        "first_keypoints_share",
         0.5,
         False,
         "sound rounds find enough in nearly every image (stage1.min_labels); a detector that draws nothing, in none",
-        "{0:.0%} of the images kept labels of the round before, since the detector found hardly any keypoints there",
-        "the detector has learnt to draw nothing, or has not learnt enough yet; such labels get no better",
+        "{0:.0%} of the images are labelled at their first keypoints, since the detector found hardly any there",
+        "the detector has learnt to draw nothing, or has not learnt enough yet; such places get no better",
         "lengthen the warm-up (--stage1.warmup-iterations), raise --stage1.detector-weight, or lower "
         "--stage1.threshold",
     ),

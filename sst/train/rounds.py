@@ -112,7 +112,7 @@ class RoundMaker:
                 metrics=metrics
                 | kept_shares(metrics, earlier)
                 | {"unusable_descriptors": dropped}
-                | ({} if self.settings.stage1.unite else {"earlier_labels_share": united / found.images})
+                | ({} if self.settings.stage1.unite else {"first_keypoints_share": united / found.images})
                 | found_again
                 | moved,
                 seconds=seconds | {"metrics": time.monotonic() - started - sum(seconds.values())},
@@ -246,9 +246,12 @@ class RoundMaker:
 
         Returns:
             Of all workers: the rows of each shard, how many descriptors were dropped as unusable, and in how many
-            images previous labels were united with keypoints.
+            images earlier labels were united with keypoints.
         """
         rows, counts, one = {}, np.zeros(2, int), self.settings.stage1
+        # A detector that has not learnt enough yet must not leave an image, or the run, without labels. Those of the
+        # round before would become fewer from round to round, as each drops what is far from its cluster.
+        earlier, enough = (previous, None) if one.unite else (self.run.record(0), one.min_labels)
         with ThreadPoolExecutor(1, thread_name_prefix="save") as pool:
             written: Future[None] | None = None
             for done, shard in enumerate(self._mine(), start=1):
@@ -256,12 +259,11 @@ class RoundMaker:
                     model,
                     self.corpus.url,
                     shard,
-                    self.run.labels(previous, shard.file),
+                    self.run.labels(earlier, shard.file),
                     input_size=self.settings.network.input_size,
                     threshold=one.threshold,
                     precision=self.settings.resources.precision,
-                    # A detector that has not learnt enough yet must not leave an image, or the run, without labels.
-                    enough=None if one.unite else one.min_labels,
+                    enough=enough,
                 )
                 # Written while the next shard is computed; no more than one waits, or memory would grow.
                 if written:
