@@ -23,8 +23,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/python -m jobs.demo
 
-## All tests but the slow ones. Those of single packages share the cores; those that start Ray or wait for a clock run alone.
-TOGETHER := tests/nn tests/data tests/cluster tests/corpora tests/train tests/report tests/predict
+## All tests but the slow ones. Most share the cores; those that start Ray or wait for a clock run one after the other.
+TOGETHER := $(addprefix tests/,nn data cluster corpora train report predict test_benchmarks.py test_docs.py \
+	test_fidelity.py test_mistakes.py test_outputs.py test_published_arithmetic.py)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow" -n logical --dist loadfile $(TOGETHER)
 	$(BIN)/python -m pytest -m "not slow" $(addprefix --ignore=,$(TOGETHER))
