@@ -7,13 +7,13 @@ from sst.report.evaluate_run import Run, evaluate_run
 
 SHORT = """
 --network.input-size 64 --stage1.warmup-iterations 250 --stage1.rounds 2 --stage1.round-iterations 100
---stage2.refine-rounds 2
+--stage2.refine-rounds 1
 """.split()
 
 
 @pytest.mark.timeout(1200)
 def test_trained_landmarks_beat_a_constant_guess_and_the_first_keypoints(tmp_path):
-    pack.main(f"toy --count 900 --seed 3 --out {tmp_path / 'shards'}".split())
+    pack.main(f"toy --count 700 --seed 3 --out {tmp_path / 'shards'}".split())
     place = ["--shards", str(tmp_path / "shards"), "--name", "quality", "--runs", str(tmp_path)]
     train.main(["toy-cpu", *place, "--tracking", f"sqlite:///{tmp_path}/mlflow.db", *SHORT])
     rows = evaluate_run(Run(run=str(tmp_path / "quality")))
