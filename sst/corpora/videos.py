@@ -4,7 +4,6 @@ Who asks OpenCV for a frame by its number gets another where frames are lost, wh
 frames do not follow one another at one rate. So a frame's number is told by the time at which it is shown.
 """
 
-import math
 import os
 import threading
 from array import array
@@ -79,7 +78,7 @@ class Video:
             announced = len(stored)
         timed = name.lower().endswith(TIMED_SUFFIXES) and not best.is_avi
         numbers = FrameNumbers.of(stored, announced, rate, timed)
-        unsure = None if numbers.known else 0
+        unsure = None if numbers.known else (numbers.first_gap or 0)
         return cls(video, numbers, len(stored), announced, rate, best.is_avi, best.sure if best.is_avi else unsure)
 
     @property
@@ -166,7 +165,7 @@ def frame_of(file: Path, number: int) -> np.ndarray:
             raise UnusableImage(f"frame {number} of {file.name} can't be read: OpenCV can't open the file")
         if video.stored > 0 and video.told <= number:
             raise UnusableImage(f"frame {number} of {file.name} can't be read: it has only {video.told} frames")
-        if video.numbers.ambiguous_from() <= number:
+        if video.numbers.first_gap is not None and video.numbers.first_gap <= number:
             raise UnusableImage(
                 f"{file.name} is damaged or of varying rate: which frame is number {number} is not known"
             )
@@ -223,6 +222,8 @@ class FrameNumbers:
         known: whether numbers are those of the undamaged video.
         last: the latest number.
         late: by how many frames the decoder's times are late.
+        first_gap: the first number that is not certain, where gaps are so many that they may be those of a varying
+            rate; frames are numbered in their order then.
     """
 
     times: Sequence[float]
@@ -230,6 +231,7 @@ class FrameNumbers:
     known: bool
     last: int = -1
     late: int = 0
+    first_gap: int | None = None
 
     @classmethod
     def of(cls, times: Sequence[float], announced: int, rate: float, timed: bool = False) -> "FrameNumbers":
@@ -246,8 +248,11 @@ class FrameNumbers:
         places = np.array(times) * rate / 1000
         steady = len(times) > 0 and bool((np.abs(places - places.round()) < 0.25).all())
         # A cut file misses its end alone, and has no gap.
-        gaps = steady and int(places[-1].round()) + 1 > len(times)
-        return cls(times, rate if steady else None, known=gaps or (steady and timed))
+        gaps = np.flatnonzero(np.diff(places.round()) > 1) if steady else np.empty(0, int)
+        if len(gaps) > MANY_GAPS:
+            return cls(times, None, known=False, first_gap=int(gaps[0]) + 1)
+        missing = steady and int(places[-1].round()) + 1 > len(times)
+        return cls(times, rate if steady else None, known=missing or (steady and timed))
 
     def begin(self, time: float, failed: int) -> None:
         """Learns from the first frame how late its times are, of a file that does not store them.
@@ -276,14 +281,6 @@ class FrameNumbers:
             return place - self.late if abs(time * self.rate / 1000 - place) < 0.25 else None
         near = [abs(stored - time) < 1 for stored in self.times[place : place + 2]]
         return place - self.late if near in ([True], [True, False]) else None
-
-    def ambiguous_from(self) -> float:
-        """The first number that is not certain, since damage leaves few gaps, and a varying rate many; inf for none."""
-        if self.rate is None:
-            return math.inf
-        places = np.round(np.array(self.times) * self.rate / 1000)
-        gaps = np.flatnonzero(np.diff(places) > 1)
-        return float(places[gaps[0]] + 1) if len(gaps) > MANY_GAPS else math.inf
 
     def holds(self, number: int) -> bool:
         """Whether the frame of that number is among those that are stored, and can be found by its time."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sst.corpora import videos
+from sst.corpora.avi import readable
 from sst.corpora.packing import UnusableImage
 from sst.corpora.videos import frame_of
 from tests.corpora.test_avi import FRAMES, numbered, overwritten, shown
@@ -85,7 +86,21 @@ def test_a_video_is_gone_through_for_its_times_once_until_it_changes(tmp_path, m
     assert shown(frame_of(path, 7)) == 7 and len(asked) == 2
 
 
-def test_many_gaps_may_be_a_varying_rate_so_numbers_after_the_first_are_not_certain():
+def test_many_gaps_may_be_a_varying_rate_so_frames_are_numbered_in_their_order_and_it_is_said(tmp_path, monkeypatch):
     times = [100.0 * n for n in range(20)] + [2000.0 + 200 * n for n in range(20)]
-    assert videos.FrameNumbers.of(times, 59, 10.0, timed=True).ambiguous_from() == 21
-    assert videos.FrameNumbers.of([*times[:10], *times[14:20]], 20, 10.0, timed=True).ambiguous_from() == float("inf")
+    numbers = videos.FrameNumbers.of(times, 59, 10.0, timed=True)
+    assert [numbers.next(time) for time in times] == list(range(40))
+    assert (numbers.known, numbers.first_gap) == (False, 21)
+    few = videos.FrameNumbers.of([*times[:10], *times[14:20]], 20, 10.0, timed=True)
+    assert [few.next(time) for time in [*times[:10], *times[14:20]]] == [*range(10), *range(14, 20)]
+    assert (few.known, few.first_gap) == (True, None)
+    path = tmp_path / "a.mkv"
+    numbered(path, "MJPG")
+    monkeypatch.setattr(videos, "packet_times", lambda name: times)
+    monkeypatch.setattr(videos, "COUNTED_SUFFIXES", (".mkv",))
+    announced = videos.FrameNumbers.of
+    monkeypatch.setattr(videos.FrameNumbers, "of", lambda times, count, rate, timed: announced(times, 59, 10.0, timed))
+    with readable(str(path)) as best:
+        assert videos.Video.of(str(path), best).sure == 21
+    with pytest.raises(UnusableImage, match="damaged or of varying rate: which frame is number 21 is not known"):
+        frame_of(path, 21)
