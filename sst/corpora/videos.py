@@ -28,7 +28,6 @@ COUNTED_SUFFIXES = (".mp4", ".mov", ".m4v", ".3gp", ".avi")
 TIMED_SUFFIXES = (".mp4", ".mov", ".m4v", ".3gp", ".mkv", ".webm", ".wmv", ".asf", ".flv")
 """Containers that store when each frame is shown, so that those before the first loss have no gap, and others one."""
 
-
 MANY_GAPS = 8
 """More gaps between frames than this are taken for a varying rate rather than for damage."""
 
@@ -77,7 +76,7 @@ class Video:
         if not name.lower().endswith(COUNTED_SUFFIXES) and announced == len(stored) + 1:
             announced = len(stored)
         timed = name.lower().endswith(TIMED_SUFFIXES) and not best.is_avi
-        numbers = FrameNumbers.of(stored, announced, rate, timed)
+        numbers = FrameNumbers.of(stored, announced, rate, timed, counted=best.is_avi)
         unsure = None if numbers.known else (numbers.first_gap or 0)
         return cls(video, numbers, len(stored), announced, rate, best.is_avi, best.sure if best.is_avi else unsure)
 
@@ -234,7 +233,9 @@ class FrameNumbers:
     first_gap: int | None = None
 
     @classmethod
-    def of(cls, times: Sequence[float], announced: int, rate: float, timed: bool = False) -> "FrameNumbers":
+    def of(
+        cls, times: Sequence[float], announced: int, rate: float, timed: bool = False, counted: bool = False
+    ) -> "FrameNumbers":
         """Settles how to number.
 
         Args:
@@ -242,15 +243,17 @@ class FrameNumbers:
             announced: how many frames the file says that it has.
             rate: frames per second, as the file says.
             timed: whether the times are stored, rather than counted from frame to frame.
+            counted: whether the format has one rate alone, and counts frames that the camera dropped: then gaps,
+                however many, are no varying rate.
         """
         if announced <= len(times):
             return cls(times, None, known=True)
         places = np.array(times) * rate / 1000
         steady = len(times) > 0 and bool((np.abs(places - places.round()) < 0.25).all())
-        # A cut file misses its end alone, and has no gap.
         gaps = np.flatnonzero(np.diff(places.round()) > 1) if steady else np.empty(0, int)
-        if len(gaps) > MANY_GAPS:
+        if len(gaps) > MANY_GAPS and not counted:
             return cls(times, None, known=False, first_gap=int(gaps[0]) + 1)
+        # A cut file misses its end alone, and has no gap.
         missing = steady and int(places[-1].round()) + 1 > len(times)
         return cls(times, rate if steady else None, known=missing or (steady and timed))
 

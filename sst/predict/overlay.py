@@ -72,7 +72,7 @@ def draw_points(
 def draw_cross(image_HW3: np.ndarray, point: np.ndarray) -> np.ndarray:
     """The image with a yellow cross of a fifth of its side, centred on a point (x, y) in its pixels."""
     image, half = np.ascontiguousarray(image_HW3).copy(), min(image_HW3.shape[:2]) / 10
-    for shade, width in (((0, 0, 0), 5), ((240, 228, 66), 2)):
+    for shade, width in (((0, 0, 0), 5), (_rgb(COLOURS[3]), 2)):
         for arm in (np.array([half, 0.0]), np.array([0.0, half])):
             ends = [np.round((point + side * arm) * 2**_SHIFT).astype(int).tolist() for side in (-1, 1)]
             cv2.line(image, ends[0], ends[1], shade, width, cv2.LINE_AA, _SHIFT)

@@ -94,12 +94,17 @@ def test_many_gaps_may_be_a_varying_rate_so_frames_are_numbered_in_their_order_a
     few = videos.FrameNumbers.of([*times[:10], *times[14:20]], 20, 10.0, timed=True)
     assert [few.next(time) for time in [*times[:10], *times[14:20]]] == [*range(10), *range(14, 20)]
     assert (few.known, few.first_gap) == (True, None)
+    dropped = videos.FrameNumbers.of(times, 59, 10.0, counted=True)  # of an AVI file, which has no varying rate
+    assert [dropped.next(time) for time in times] == [*range(20), *range(20, 60, 2)]
+    assert (dropped.known, dropped.first_gap) == (True, None)
     path = tmp_path / "a.mkv"
     numbered(path, "MJPG")
     monkeypatch.setattr(videos, "packet_times", lambda name: times)
     monkeypatch.setattr(videos, "COUNTED_SUFFIXES", (".mkv",))
     announced = videos.FrameNumbers.of
-    monkeypatch.setattr(videos.FrameNumbers, "of", lambda times, count, rate, timed: announced(times, 59, 10.0, timed))
+    monkeypatch.setattr(
+        videos.FrameNumbers, "of", lambda times, count, rate, timed, counted: announced(times, 59, 10.0, timed, counted)
+    )
     with readable(str(path)) as best:
         assert videos.Video.of(str(path), best).sure == 21
     with pytest.raises(UnusableImage, match="damaged or of varying rate: which frame is number 21 is not known"):

@@ -22,7 +22,7 @@ def command(folder: Path, shards: Path, *more: str) -> list[str]:
     for name in ("--cluster.clusters", "--stage1.threshold"):
         at = tiny.index(name)
         del tiny[at : at + 2]
-    # With old labels a detector that finds nothing makes a weak trial; without them one that fails.
+    # With old labels in every image a detector that finds nothing makes a weak trial.
     tiny += ["--register", "small", "--stage1.unite"]
     return [
         *(sys.executable, "-m", "jobs.tune", "toy-cpu", "--shards", str(shards), "--name", "sweep"),
