@@ -60,6 +60,17 @@ class LockRecord(BaseModel):
             born=each.create_time(),
         )
 
+    def alive(self) -> "LockRecord":
+        """The record with one more sign of life."""
+        return LockRecord(
+            owner=self.owner,
+            host=self.host,
+            machine=self.machine,
+            process=self.process,
+            born=self.born,
+            beat=self.beat + 1,
+        )
+
     def is_dead(self) -> bool:
         """Whether the owner is known to be gone: only a process of this machine can be."""
         if self.machine != machine():
@@ -166,7 +177,7 @@ class RunLock:
                     # Not SIGINT, which a run in a script's background ignores; see `sst.run.interrupt.terminable`.
                     _thread.interrupt_main(signal.SIGTERM)
                     return
-                self.record = self.record.model_copy(update={"beat": self.record.beat + 1})
+                self.record = self.record.alive()
                 storage.write_bytes(self.url, self._bytes())
             except OSError as error:  # storage that is away for a moment; the next beat tries again
                 logger.warning("%s could not be renewed: %s", self.url, type(error).__name__)

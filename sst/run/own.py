@@ -6,6 +6,7 @@ Everything scales from what was measured: the `faces-cpu` preset on CPU cores, t
 import re
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -221,14 +222,15 @@ def pack_own(command: OwnCommand, run: RunDirectory) -> None:
     refuse_overlap(
         run.url, {"the folder": command.images, "--annotations": command.annotations}, "the run (--runs and --name)"
     )
-    config = Folder(
+    config = partial(
+        Folder,
         images=command.images,
         annotations=command.annotations,
         category=command.category,
         out=run.shards_url,
         max_skipped=OWN_MAX_SKIPPED,
     )
-    found = images_of(config)
+    found = images_of(config())
     items = list(found[0])
     choose(sum(item.split == "train" for item in items), command.landmarks, this_machine())  # before any work
     data = look(command.images, folder.pictures_of(command.images, command.annotations).names, command.annotations)
@@ -238,7 +240,7 @@ def pack_own(command: OwnCommand, run: RunDirectory) -> None:
     # Before the shards: whenever this ends, there are none without it, and without their manifest it is not read.
     storage.write_json(run.packed_url, data.model_dump())
     try:
-        pack_source(config.model_copy(update={"shard_samples": several_for_every_worker}), found)
+        pack_source(config(shard_samples=several_for_every_worker), found)
     except BaseException:
         if not storage.exists(storage.join(run.shards_url, MANIFEST)):
             if earlier is None:

@@ -1,6 +1,7 @@
 """What the command for sweeps asks for, and the table that it shows at the end."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated
 
 import tyro
@@ -65,14 +66,14 @@ def sweep_of(command: TuneCommand) -> Sweep:
         space[name] = values
     settings = with_absolute_weights(command.settings)
     dimensions = parse_space(space or default_space(settings), settings)
-    where = command.where.model_copy(update={"tracking": absolute_uri(command.where.tracking)})
+    tracking = command.where.tracked_as(command.name)
     return Sweep(  # trials work elsewhere, so nothing in it may be relative
-        url=storage.absolute(storage.join(where.runs, command.name)),
+        url=storage.absolute(storage.join(command.where.runs, command.name)),
         settings=settings,
         shards=storage.absolute(command.shards),
         trials=draw_trials(dimensions, command.trials, settings.seed),
         objective=command.objective,
-        tracking=where.tracked_as(command.name),
+        tracking=replace(tracking, uri=absolute_uri(tracking.uri)),
     )
 
 

@@ -379,12 +379,11 @@ def watcher(sweep: Sweep, concurrent: int) -> Any:
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             number = trial.config["trial"]
-            lost = "its process was lost, again and again; see Ray's logs"
-            record = TrialRecord(values=sweep.trials[number], status="failed", error=lost)
+            why = "its process was lost, again and again; see Ray's logs"
             if trial.error_file and os.path.exists(trial.error_file):
                 with open(trial.error_file, encoding="utf-8") as file:
-                    record = record.model_copy(update={"error": file.read()[-2000:]})
-            sweep.write(number, record)
+                    why = file.read()[-2000:]
+            sweep.write(number, TrialRecord(values=sweep.trials[number], status="failed", error=why))
             self.end(number)
 
         def end(self, number: int) -> None:
