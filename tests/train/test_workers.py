@@ -1,6 +1,8 @@
 """A step's gradient is that of the whole batch, however many workers share it."""
 
+import time
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
@@ -89,26 +91,32 @@ def test_means_of_shares_are_not_the_mean_of_the_batch(stage: int) -> None:
         torch.testing.assert_close(gradients(network), of_workers(stage, 1), atol=1e-6, rtol=1e-2)
 
 
-def work(rank: int, place: str, shared: list[list[Tensor]] | None = None) -> None:
-    """One of two workers: a step of each stage on its half of the batch."""
-    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
+def work(rank: int, folder: str) -> None:
+    """One of two workers: a step of each stage on its half of the batch; the first leaves its gradients."""
+    meet = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     group = Group(rank, 2)
+    found: list[list[Tensor]] = []
     for stage in (1, 2):
         network = network_of(stage)
         wrapped = group.wrap(network)
         losses = losses_of(stage, wrapped, share_of(uneven_batch(), slice(4 * rank, 4 * rank + 4)))
         (losses.total(group.total(losses.counts)) * group.world).backward()
-        if shared is not None:
-            shared.append(gradients(network))
+        found.append(gradients(network))
+    if rank == 0:
+        torch.save(found, f"{folder}/gradients")
     dist.destroy_process_group()
 
 
 def test_two_processes_have_the_gradient_of_one(tmp_path) -> None:
-    other = mp.get_context("spawn").Process(target=work, args=(1, str(tmp_path / "meet")))
-    other.start()
-    found: list[list[Tensor]] = []
-    work(0, str(tmp_path / "meet"), found)
-    other.join(60)
-    assert other.exitcode == 0
-    for stage, gradient in zip((1, 2), found, strict=True):
+    both = [mp.get_context("spawn").Process(target=work, args=(rank, str(tmp_path))) for rank in (0, 1)]
+    for one in both:
+        one.start()
+    end = time.monotonic() + 150
+    for one in both:
+        one.join(max(0.0, end - time.monotonic()))
+        one.kill()  # where it hangs: two that wait for each other would keep the tests from ending
+        one.join()
+    assert [one.exitcode for one in both] == [0, 0]
+    for stage, gradient in zip((1, 2), torch.load(tmp_path / "gradients"), strict=True):
         torch.testing.assert_close(gradient, of_workers(stage, 1), atol=1e-6, rtol=1e-4)
