@@ -27,7 +27,7 @@ demo: $(INSTALLED)
 TOGETHER := $(addprefix tests/,nn data cluster corpora train report predict test_benchmarks.py test_docs.py \
 	test_fidelity.py test_mistakes.py test_outputs.py test_published_arithmetic.py)
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow" -n logical --dist loadfile $(TOGETHER)
+	$(BIN)/python -m pytest -m "not slow" -n logical --dist loadfile --max-worker-restart 0 $(TOGETHER)
 	$(BIN)/python -m pytest -m "not slow" $(addprefix --ignore=,$(TOGETHER))
 
 test-all: $(INSTALLED)
