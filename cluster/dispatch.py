@@ -1,9 +1,19 @@
 """Running one pure function over many shards: in this process, or as Ray tasks on any node."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+TRIES = 3
+"""How often a call that does not return is made."""
+
+
+class HangError(RuntimeError):
+    """A call that did not return in time, each time it was made; the message says which, and for how long."""
 
 
 class ShardMap(Protocol):
@@ -27,7 +37,12 @@ class RayMap:
     """
 
     def __init__(
-        self, num_cpus: float, progress: Callable[[str, int, int], None] | None = None, num_gpus: float = 0.0
+        self,
+        num_cpus: float,
+        progress: Callable[[str, int, int], None] | None = None,
+        num_gpus: float = 0.0,
+        patience: float | None = None,
+        warn: Callable[[str], None] = logger.warning,
     ) -> None:
         """Remembers what a task takes.
 
@@ -35,16 +50,21 @@ class RayMap:
             num_cpus: CPUs that Ray sets aside per task.
             progress: called with (function's name, done, total) whenever a shard is finished.
             num_gpus: share of a GPU that Ray sets aside per task; without one a task sees no GPU.
+            patience: seconds after which, if no shard got done in them, those that run are begun again; None waits.
+            warn: takes what is said then.
         """
         self.num_cpus = num_cpus
         self.progress = progress
         self.num_gpus = num_gpus
+        self.patience = patience
+        self.warn = warn
 
     def __call__(self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> list[T]:
         """See `ShardMap`.
 
         Raises:
             Exception: what the function raised on a shard; shards not yet begun are not run.
+            HangError: if no shard gets done within `patience`, three times over.
         """
         import ray
 
@@ -54,18 +74,35 @@ class RayMap:
         window = max(2, int(ray.cluster_resources().get("CPU", 1)))
         results: dict[int, T] = {}
         running: dict[Any, int] = {}
-        for number, items in enumerate(arguments):
-            if len(running) >= window:
-                self._collect(function.__name__, running, results, len(arguments))
-            running[task.remote(function, *items)] = number
-        while running:
-            self._collect(function.__name__, running, results, len(arguments))
+        todo, hung = list(range(len(arguments)))[::-1], 0
+        while todo or running:
+            while todo and len(running) < window:
+                number = todo.pop()
+                running[task.remote(function, *arguments[number])] = number
+            if self._collect(function.__name__, running, results, len(arguments)):
+                hung = 0
+                continue
+            hung += 1
+            again = sorted(running.values(), reverse=True)
+            for reference in running:
+                ray.cancel(reference, force=True)
+            said = f"{function.__name__}: none of {len(again)} shards got done in {self.patience:.0f} s"
+            if hung == TRIES:
+                raise HangError(f"{said}, {TRIES} times over; the first is {str(arguments[again[-1]][0])[:200]}")
+            self.warn(f"{said}; they are begun again")
+            running.clear()
+            todo += again
+            if self.progress:  # whoever watches this process sees that it does not hang itself
+                self.progress(function.__name__, len(results), len(arguments))
         return [results[number] for number in range(len(arguments))]
 
-    def _collect(self, name: str, running: dict[Any, int], results: dict[int, T], total: int) -> None:
+    def _collect(self, name: str, running: dict[Any, int], results: dict[int, T], total: int) -> bool:
+        """Takes the next shard that is done; whether there was one in time."""
         import ray
 
-        done, _ = ray.wait(list(running), num_returns=1)
+        done, _ = ray.wait(list(running), num_returns=1, timeout=self.patience)
+        if not done:
+            return False
         try:
             results[running.pop(done[0])] = ray.get(done[0])
         except ray.exceptions.RayTaskError as error:
@@ -74,6 +111,7 @@ class RayMap:
             raise error.as_instanceof_cause() from None
         if self.progress:
             self.progress(name, len(results), total)
+        return True
 
 
 def _call(function: Callable[..., T], *arguments: Any) -> T:

@@ -281,8 +281,12 @@ class ResourceSettings(Settings):
     matrix units for it (recent GPUs, some server CPUs), float32 elsewhere; a run keeps what it began with."""
     max_failures: Count = 3
     """Lost workers that a run survives before it gives up; submit it again to go on."""
-    checkpoint_steps: Positive = 1_000
-    """Optimizer steps between two checkpoints inside a phase."""
+    checkpoint_steps: Positive | None = None
+    """Optimizer steps between two checkpoints inside a phase; unset: 30 seconds or more, so that they hold training up
+    for 1 % of the time at most."""
+    hang_minutes: Rate = 20.0
+    """Minutes in which no worker gets any further after which all are started again from the last checkpoint. A k-means
+    or a pass over shards that gives nothing for half as long is begun again."""
     stop_when_unwell: Annotated[bool, tyro.conf.arg(aliases=("--stop-when-unwell",))] = False
     """End the run after a checkpoint, with exit code 4, at a sign that it comes to nothing, not only warn. The
     same command without this goes on."""
@@ -292,6 +296,11 @@ class ResourceSettings(Settings):
         if self.min_workers > self.max_workers:
             raise ValueError(f"workers {self.workers}: the least come first, as in 2:8")
         return self
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which a k-means, or a pass over shards, that gives nothing is begun again."""
+        return 30 * self.hang_minutes
 
     @property
     def min_workers(self) -> int:

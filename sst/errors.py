@@ -160,6 +160,10 @@ class Stopped(Exception):
     """Raised in a worker's loop, after its checkpoint, when it was asked to stop."""
 
 
+class Leaving(Stopped):
+    """The same where a machine of the group is about to be taken away; the run goes on on the others."""
+
+
 class Unwell(Stopped):
     """The same where a sign that the run comes to nothing ends it; which one, the metrics file has."""
 

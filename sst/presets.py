@@ -6,7 +6,6 @@ from sst.config import (
     ClusterSettings,
     KeypointSettings,
     NetworkSettings,
-    ResourceSettings,
     Stage1Settings,
     Stage2Settings,
     TrainSettings,
@@ -64,7 +63,6 @@ PRESETS: dict[str, tuple[str, TrainSettings]] = {
             cluster=ClusterSettings(clusters=45, sample=100_000),
             stage1=OURS_1.changed(warmup_iterations=500, rounds=4, round_iterations=200),
             stage2=OURS_2.changed(iterations=600, refine_rounds=10, min_population=195, max_landmarks=30),
-            resources=ResourceSettings(checkpoint_steps=200),
         ),
     ),
     "faces-gpu": (
@@ -91,7 +89,6 @@ PRESETS: dict[str, tuple[str, TrainSettings]] = {
             cluster=ClusterSettings(clusters=48, sample=50_000),
             stage1=OURS_1.changed(warmup_iterations=300, rounds=2, round_iterations=120),
             stage2=OURS_2.changed(iterations=200, refine_rounds=4, min_population=60, max_landmarks=24),
-            resources=ResourceSettings(checkpoint_steps=200),
         ),
     ),
     "bbcpose": ("BBC Pose signers: the settings of celeba, as nothing was published for them", TrainSettings()),

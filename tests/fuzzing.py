@@ -30,7 +30,7 @@ from sst.nn.optimizer import Update
 from sst.predict.naming import NamedPoints, load_names, save_names
 from sst.predict.published import read_published
 from sst.run.metrics import MetricsFile, MetricsReader
-from sst.train.checkpoint import latest_checkpoint, write_checkpoint
+from sst.train.checkpoint import copied, latest_checkpoint, write_checkpoint
 from sst.train.model import load_model, save_model
 from sst.train.run_directory import LandmarkRecord, RoundRecord, RunDirectory
 from sst.tune.search_space import parse_space, read_space
@@ -73,7 +73,7 @@ def cases(root: Path) -> list[Case]:
     small = torch.nn.Linear(2, 2)
     optimizer = Update(small, 0.01, 0.0).state()
     position = {"step": 5, "phase": 0, "phase_step": 5, "stage": 1, "settings": "0" * 64}
-    write_checkpoint(str(root / "checkpoints"), small, optimizer, **position)
+    write_checkpoint(str(root / "checkpoints"), copied(small, optimizer), **position)
     network = SETTINGS.network
     model = LandmarkDetector(network.shape, 2)
     weights = save_model(str(root / "model"), model, network=network, clusters=[0, 1], visible=0.2).weights

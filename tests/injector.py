@@ -1,7 +1,8 @@
-"""Kills one process of a run at a chosen place, exactly once; installed in every Ray worker process by the tests.
+"""Kills or stops one process of a run at a chosen place, exactly once; installed in every Ray process by the tests.
 
-FAULT (an environment variable) names a JSON file {"place": ..., "victim": ..., "driver": process number}. Who arrives
-at the place first makes the file FAULT.fired, so nobody fires a second time, and then kills the victim.
+FAULT (an environment variable) names a JSON file {"place": ..., "victim": ..., "signal": ..., "driver": process}. Who
+arrives at the place first makes the file FAULT.fired, so nobody fires a second time, and then sends the victim the
+signal: SIGKILL, or SIGSTOP, after which it hangs.
 """
 
 import functools
@@ -19,7 +20,7 @@ PLACES = {
     "extraction": ("sst.train.rounds", "extract_descriptors", 2),
     "k-means": ("cluster.actor", "fit", 2),
     "assignment": ("cluster.actor", "assign_shard", 2),
-    "checkpoint": ("sst.train.checkpoint", "_plain", 7),  # between the two files of the fourth checkpoint
+    "checkpoint": ("sst.train.checkpoint", "_write_file", 8),  # between the two files of the fourth checkpoint
     "stage 2": ("sst.train.trainer", "stage2_losses", 15),
     "merging": ("sst.train.rounds", "count_overlaps", 2),
     "merged labels": ("sst.train.rounds", "apply_merge", 1),
@@ -65,7 +66,7 @@ def fire(marker: Path, fault: dict) -> None:
     except FileExistsError:
         return
     for process in sorted(found, key=lambda p: p.pid == os.getpid()):
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(signal.Signals[fault.get("signal", "SIGKILL")])
     if fault["victim"] == "driver":
         time.sleep(60)  # the cluster dies with its driver, and this process with it
 
@@ -73,6 +74,8 @@ def fire(marker: Path, fault: dict) -> None:
 def victims(fault: dict) -> list[psutil.Process]:
     if fault["victim"] == "driver":
         return [psutil.Process(fault["driver"])]
+    if fault["victim"] == "task":
+        return [psutil.Process()]
     raylet = psutil.Process(os.getppid())
     title = {"worker": "RayTrainWorker", "actor": "KMeansActor"}[fault["victim"]]
     for child in raylet.children():

@@ -22,8 +22,8 @@ from sst.config import NetworkSettings
 from sst.data.shards import Manifest
 from sst.nn.geometry import STRIDE
 from sst.nn.network import LandmarkDetector
-from sst.run import distributed
-from sst.run.distributed import check_cluster, own_process_group, short_tmpdir
+from sst.run import ray_cluster
+from sst.run.ray_cluster import check_cluster, own_process_group, short_tmpdir
 from sst.run.tracking import Tracker, artifact_place
 from sst.train.model import save_model
 from tests.small import files, write_toy
@@ -172,11 +172,11 @@ class NoTracker:
 
 
 def test_a_port_that_is_no_cluster_is_not_waited_for_long(monkeypatch):
-    monkeypatch.setattr(distributed, "CLUSTER_SECONDS", 0.2)
+    monkeypatch.setattr(ray_cluster, "CLUSTER_SECONDS", 0.2)
     check_cluster("local")
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))  # bound, and nobody listens
-        with pytest.raises(distributed.UserError, match="no Ray cluster answers"):
+        with pytest.raises(ray_cluster.UserError, match="no Ray cluster answers"):
             check_cluster(f"127.0.0.1:{full.getsockname()[1]}")
 
 

@@ -281,7 +281,7 @@ def connections(process: int) -> list:
 def test_nobody_else_can_use_the_cluster_that_a_run_starts():
     """Its dashboard listens on loopback only; Ray's other servers, on all interfaces, want the run's token."""
     script = (
-        "from sst.run.distributed import start_ray\nstart_ray()\nimport ray, sys\n"
+        "from sst.run.ray_cluster import start_ray\nstart_ray()\nimport ray, sys\n"
         "@ray.remote\ndef work():\n    return 7\n"
         "assert ray.get(work.remote()) == 7\n"
         "print(ray.get_runtime_context().gcs_address)\n"

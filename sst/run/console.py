@@ -120,6 +120,11 @@ class Show:
             text, whole = arithmetic_line(line), True
         elif kind == "health":
             text, whole = f"warning: {line['text']} {line['advice']}", True
+        elif kind == "hang":
+            text, whole = f"warning: {line['text']}", True
+        elif kind == "leaving":
+            saved = f"saved after step {line['step']}"
+            text, whole = f"a machine is about to be taken away: {saved}; training goes on on those that stay", True
         elif kind == "settled":
             text, whole = f"refinements no longer gain after round {line['round']}; the rest is left out", True
         elif kind == "not_recorded":

@@ -3,27 +3,21 @@
 Thin shells: what they call is plain code that tests run without Ray.
 """
 
-import logging
-import os
-import secrets
-import socket
-import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from cluster.actor import start_actor
 from cluster.correspondence import Sample
-from cluster.dispatch import RayMap
+from cluster.dispatch import TRIES, HangError, RayMap
 from cluster.kmeans import KMeansResult, KMeansSettings
 from sst.config import ResourceSettings, TrainSettings
-from sst.environment import RAY_ENVIRONMENT, set_environment, usable_cpus
-from sst.errors import RunFailedError, Stopped, UnwellError, UserError
+from sst.environment import usable_cpus
+from sst.errors import Leaving, RunFailedError, Stopped, UnwellError, UserError
 from sst.run.interrupt import FailureNote, StopFlag, run_stoppably
 from sst.run.metrics import MetricsReader
-from sst.run.placement import Machine
+from sst.run.watchdog import RemoteRoll, Watchdog, start_attendance
 from sst.train.health import without_cuml
 from sst.train.run_directory import RunDirectory
 from sst.train.tools import Tools
@@ -32,11 +26,14 @@ TASK_CPUS = 0.05
 """CPUs that Ray sets aside for a shard task; how many run at once is bounded by `RayMap`."""
 
 
-CLUSTER_SECONDS = 15.0
-"""How long a cluster may take to answer at all."""
+LEAVING = "leaving"
+"""What workers return that ended at the notice that a machine is about to be taken away."""
 
-MAX_TMPDIR = 40
-"""Bytes of TMPDIR for which the paths of Ray's sockets, some 65 bytes longer, stay within the system's 107."""
+CHECK_SECONDS = 10.0
+"""Time between two looks at whether the workers still give signs of life."""
+
+GROUP_SECONDS = 300.0
+"""Time in which Ray may start the workers."""
 
 ALONE_GPUS = 0.6
 """Share of a GPU beside which there is no room for another of the same size."""
@@ -46,171 +43,12 @@ DETECTOR_GPUS = 0.2
 that reads and decodes, and k-means keeps its place."""
 
 
-def start_ray() -> list[Machine]:
-    """Joins the cluster of `RAY_ADDRESS` or of the submitted job, or starts one on this machine.
-
-    Returns:
-        Its machines, for `sst.run.placement.place`.
-    """
-    # For a cluster that is started here. Task processes stay for the next round: a new one takes seconds to load torch,
-    # and Ray would end them after one second in which workers hold the CPUs.
-    set_environment(RAY_ENVIRONMENT | {"RAY_num_workers_soft_limit": str(usable_cpus())})
-    joins = joins_cluster()
-    if joins:
-        check_cluster(os.environ["RAY_ADDRESS"])
-    if not joins and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
-        # Ray's own servers listen on every interface; without this token nobody else can use them. Ray reads both
-        # when it is imported, so whoever has imported it has decided.
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    import ray
-
-    if not ray.is_initialized():
-        with nullcontext() if joins else started_here():
-            # Without an address Ray would join whatever cluster last ran on this machine.
-            where: dict[str, Any] = {} if joins else {"address": "local", "num_cpus": usable_cpus()}
-            try:
-                ray.init(logging_level=logging.WARNING, log_to_driver=False, **where)
-            except ConnectionError as error:
-                raise UserError(f"{no_cluster(os.environ.get('RAY_ADDRESS', 'local'))} ({error})") from error
-    return [machine_of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-
-
-def joins_cluster() -> bool:
-    """Whether the cluster is there before the run."""
-    return bool(os.environ.get("RAY_ADDRESS"))
-
-
-def no_cluster(address: str) -> str:
-    """What to say of a cluster that does not answer."""
-    return (
-        f"no Ray cluster answers at RAY_ADDRESS={address}; start it again or correct the address, or unset RAY_ADDRESS "
-        "to train on this machine alone"
-    )
-
-
-def check_cluster(address: str) -> None:
-    """Asks the cluster for a sign of life, for which Ray itself would wait for ten minutes in silence.
-
-    Args:
-        address: as RAY_ADDRESS has it; one without a port, as "local", is not asked.
-
-    Raises:
-        UserError: if nothing answers.
-    """
-    import ray
-
-    if address == "auto":  # what was started last on this machine, by the note that it left
-        address = ray._private.utils.read_ray_address() or ""
-    host, _, port = address.rpartition("://")[2].strip("/").rpartition(":")
-    if not host or not port.isdigit():
-        return
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), CLUSTER_SECONDS):
-            pass
-        if "://" not in address:  # a Ray client's port speaks another protocol
-            ray._raylet.GcsClient(address=address).check_alive([], CLUSTER_SECONDS)  # type: ignore[attr-defined]
-    except (OSError, ray.exceptions.RaySystemError, ray.exceptions.RpcError) as error:
-        raise UserError(f"{no_cluster(address)} ({error})") from error
-
-
-@contextmanager
-def started_here() -> Iterator[None]:
-    """What a cluster needs that is started on this machine, for this run alone."""
-    with own_address(), own_process_group(), short_tmpdir():
-        yield
-
-
-@contextmanager
-def short_tmpdir() -> Iterator[None]:
-    """While inside, TMPDIR is /tmp where it is so deep that the paths of Ray's sockets would get too long."""
-    given = os.environ.get("TMPDIR", "")
-    if len(os.fsencode(given)) <= MAX_TMPDIR:
-        yield
-        return
-    os.environ["TMPDIR"] = "/tmp"
-    try:
-        yield
-    finally:
-        os.environ["TMPDIR"] = given
-
-
-STARTING_RAY = threading.Event()
-"""Up while this process starts Ray's own processes."""
-
-
-@contextmanager
-def own_process_group() -> Iterator[None]:
-    """While inside, the processes that Ray starts leave this one's process group.
-
-    A scheduler, `timeout` or a shell sends SIGTERM to the whole group. The workers would be gone before the first
-    process, which is told too, could ask them to save. Ray ends them with it all the same, however it ends.
-    """
-    if not hasattr(os, "register_at_fork"):
-        yield
-        return
-    if not _AT_FORK:
-        # Ray sets signals up between fork and exec, and so Python's own hooks run there too.
-        os.register_at_fork(after_in_child=_leave_group)
-        _AT_FORK.append(True)
-    STARTING_RAY.set()
-    try:
-        yield
-    finally:
-        STARTING_RAY.clear()
-
-
-_AT_FORK: list[bool] = []
-
-
-def _leave_group() -> None:
-    if STARTING_RAY.is_set():
-        os.setpgid(0, 0)
-
-
-def machine_of(resources: Mapping[str, float]) -> Machine:
-    """A node as it told Ray about itself; its memory is what was free when it joined, of which Ray makes two parts."""
-    memory = resources.get("memory", 0.0) + resources.get("object_store_memory", 0.0)
-    return Machine(resources.get("CPU", 0.0), resources.get("GPU", 0.0), memory / 1e9)
-
-
-@contextmanager
-def own_address() -> Iterator[None]:
-    """While inside, a cluster that is started here tells its address to all its processes.
-
-    Ray's own helper actors, such as the one that frees what a lost run had reserved, ask for the cluster's state, and
-    without an address they ask whatever cluster was started last on this machine.
-    """
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = str(free.getsockname()[1])
-    each = {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"127.0.0.1:{port}"}
-    os.environ |= each
-    try:
-        yield
-    finally:
-        for name in each:
-            del os.environ[name]
-
-
-def check_local_cpus(resources: ResourceSettings) -> None:
-    """Refuses more workers than this machine has CPUs, before a local cluster is started.
-
-    Raises:
-        UserError: naming both numbers.
-    """
-    workers = resources.min_workers
-    if not joins_cluster() and workers * resources.worker_cpus > usable_cpus():
-        raise UserError(
-            f"{workers} workers with {resources.worker_cpus} CPUs each need more than this machine's "
-            f"{usable_cpus()} CPUs; lower --workers, or set RAY_ADDRESS to use a cluster"
-        )
-
-
 def ray_tools(
     settings: TrainSettings,
     actor: Any,
     log: Callable[[dict[str, Any]], None],
     num_gpus: float = 0.0,
+    at: Callable[[str], None] = lambda place: None,
 ) -> Tools:
     """Tools that run k-means in the actor and shards as tasks; progress names a pass by what it does with a shard.
 
@@ -219,16 +57,25 @@ def ray_tools(
         actor: runs k-means.
         log: takes one line of metrics.
         num_gpus: share of a GPU for each task that seeks first keypoints.
+        at: takes where this process is; see `Tools`.
     """
     import ray
 
+    patience = settings.resources.patience
+
+    def warn(text: str) -> None:
+        log({"kind": "hang", "text": text})
+
+    def ask(method: str, *given: Any) -> Any:
+        return answer(actor, method, patience, given, at, warn)
+
     def fit(sample: Sample, asked: KMeansSettings) -> KMeansResult:
-        before = ray.get(actor.given_up.remote())
+        before = ask("given_up")
         try:
-            result: KMeansResult = ray.get(actor.fit.remote(list(sample), asked))
+            result: KMeansResult = ask("fit", list(sample), asked)
         except ray.exceptions.RayTaskError as error:
             raise error.as_instanceof_cause() from None
-        reason = ray.get(actor.given_up.remote())
+        reason = ask("given_up")
         if reason and not before:
             log(without_cuml(reason))
         return result
@@ -237,7 +84,48 @@ def ray_tools(
         what = " ".join(word for word in function.split("_") if word not in ("", "shard", "task"))
         log({"kind": "shards", "what": what, "done": done, "total": total})
 
-    return Tools(fit, RayMap(TASK_CPUS, progress), log, detect_on_shards=RayMap(TASK_CPUS, progress, num_gpus))
+    return Tools(
+        fit,
+        RayMap(TASK_CPUS, progress, patience=patience, warn=warn),
+        log,
+        at=at,
+        detect_on_shards=RayMap(TASK_CPUS, progress, num_gpus, patience, warn),
+    )
+
+
+def answer(
+    actor: Any,
+    method: str,
+    patience: float,
+    given: Sequence[Any],
+    at: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> Any:
+    """What a method of the k-means actor returns; if it does not in time, it is killed, and Ray starts it again.
+
+    Args:
+        actor: the handle.
+        method: its name.
+        patience: seconds.
+        given: arguments.
+        at: takes where this process is.
+        warn: takes what is said when the actor is killed.
+
+    Raises:
+        HangError: if it does not answer, three times over.
+        ray.exceptions.RayTaskError: what the method raises.
+    """
+    import ray
+
+    said = f"k-means gave no answer ({method}) for {patience:.0f} s"
+    for _ in range(TRIES):
+        at(f"waiting for k-means ({method})")
+        try:
+            return ray.get(getattr(actor, method).remote(*given), timeout=patience)
+        except ray.exceptions.GetTimeoutError:
+            warn(f"{said}; it is started again")
+            ray.kill(actor, no_restart=False)
+    raise HangError(f"{said}, {TRIES} times over")
 
 
 def detector_gpus(settings: TrainSettings, gpu: bool) -> float:
@@ -310,6 +198,27 @@ def train_on_workers(settings: TrainSettings, corpus_url: str, run_url: str, act
         UnwellError: if the run ended itself at a sign that it comes to nothing.
     """
     import ray.train
+
+    attendance = start_attendance()
+    roll, note, stop = RemoteRoll(attendance), FailureNote(run_url), StopFlag(run_url)
+    note.take()
+    leaves: Any = True
+    while leaves:  # at the notice that a machine is about to be taken away: the workers have saved and ended
+        trainer = trainer_of(settings, corpus_url, run_url, actor, attendance, gpu)
+        try:
+            leaves = run_stoppably(trainer.fit, stop, SilenceCheck(roll, settings.resources)).return_value == LEAVING
+        except ray.train.TrainingFailedError as error:
+            raise RunFailedError(note.take() or "\n".join([*hangs(roll), str(error)])) from None
+    if RunDirectory(run_url).has_model():
+        return
+    if failed := note.take():
+        raise RunFailedError(failed)
+    if said := why_unwell(run_url):
+        raise UnwellError(said)
+
+
+def trainer_of(settings: TrainSettings, corpus_url: str, run_url: str, actor: Any, attendance: Any, gpu: bool) -> Any:
+    """The `TorchTrainer` whose workers train what is left of the run."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -317,13 +226,14 @@ def train_on_workers(settings: TrainSettings, corpus_url: str, run_url: str, act
     minimum, maximum = resources.min_workers, resources.max_workers
     number: Any = minimum if minimum == maximum else (minimum, maximum)  # a pair makes Ray Train elastic
     each = {"CPU": resources.worker_cpus} | ({"GPU": resources.worker_gpus} if gpu else {})
-    trainer = TorchTrainer(
-        train_loop_per_worker,
+    return TorchTrainer(
+        train_loop_per_worker,  # type: ignore[arg-type]
         train_loop_config={
             "settings": settings.model_dump(),
             "corpus": corpus_url,
             "run": run_url,
             "kmeans": actor,
+            "attendance": attendance,
         },
         scaling_config=ScalingConfig(num_workers=number, use_gpu=gpu, resources_per_worker=each),
         run_config=RunConfig(
@@ -334,18 +244,43 @@ def train_on_workers(settings: TrainSettings, corpus_url: str, run_url: str, act
             ),
         ),
     )
-    note = FailureNote(run_url)
-    note.take()
+
+
+class SilenceCheck:
+    """Ends a run whose workers do not even begin, as when a cable is cut while they are started."""
+
+    def __init__(self, roll: RemoteRoll, resources: ResourceSettings) -> None:
+        """Takes what the workers report to, and for how long there may be nothing."""
+        self._roll, self._limit = roll, 2 * 60 * resources.hang_minutes + GROUP_SECONDS
+        self._next = time.monotonic() + CHECK_SECONDS
+
+    def __call__(self) -> None:
+        """Looks, every few seconds.
+
+        Raises:
+            RunFailedError: if there was nothing for too long.
+        """
+        import ray
+
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + CHECK_SECONDS
+        try:
+            quiet = self._roll.quiet()
+        except (ray.exceptions.RayError, TimeoutError):
+            return
+        if quiet > self._limit:
+            raise RunFailedError(f"the workers have given no sign of life for {quiet:.0f} s; is a machine unreachable?")
+
+
+def hangs(roll: RemoteRoll) -> list[str]:
+    """The hangs that nobody has told of yet; none if the attendance is gone."""
+    import ray
+
     try:
-        run_stoppably(trainer.fit, StopFlag(run_url))
-    except ray.train.TrainingFailedError as error:
-        raise RunFailedError(note.take() or str(error)) from None
-    if RunDirectory(run_url).has_model():
-        return
-    if failed := note.take():
-        raise RunFailedError(failed)
-    if said := why_unwell(run_url):
-        raise UnwellError(said)
+        return roll.take()
+    except (ray.exceptions.RayError, TimeoutError):
+        return []
 
 
 def why_unwell(run_url: str) -> str | None:
@@ -359,8 +294,12 @@ def why_unwell(run_url: str) -> str | None:
     )
 
 
-def train_loop_per_worker(config: dict[str, Any]) -> None:
-    """What each worker of the `TorchTrainer` runs."""
+def train_loop_per_worker(config: dict[str, Any]) -> str | None:
+    """What each worker of the `TorchTrainer` runs.
+
+    Returns:
+        `LEAVING` if it saved and ended since a machine is about to be taken away.
+    """
     import ray
     import ray.train
     import ray.train.torch
@@ -381,20 +320,35 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     torch.backends.cudnn.benchmark = True  # every step has the same shapes, so looking for the fastest form pays
     settings = TrainSettings.model_validate(config["settings"])
     group = Group(context.get_world_rank(), context.get_world_size(), device)
-    metrics = MetricsFile(config["run"]) if group.rank == 0 else None
+    metrics, roll = MetricsFile(config["run"]) if group.rank == 0 else None, RemoteRoll(config["attendance"])
+    watchdog = Watchdog(group.rank, group.world, 60 * settings.resources.hang_minutes, roll)
+
+    def log(line: dict[str, Any]) -> None:
+        if line["kind"] == "shards":
+            watchdog.at(f"after {line['what']} of {line['done']}/{line['total']} shards")
+        if metrics:
+            metrics.write(line)
+
+    for text in hangs(roll) if metrics else ():
+        log({"kind": "hang", "text": text})
     tools = replace(
-        ray_tools(settings, config["kmeans"], metrics.write if metrics else lambda line: None),
+        ray_tools(settings, config["kmeans"], log, at=watchdog.at),
         stop=StopFlag(config["run"]).is_up,
+        leaving=lambda: ray.train.get_preemption_info() is not None,
     )
     corpus, run = Corpus.open(config["corpus"]), RunDirectory(config["run"])
     trainer, note = Trainer(settings, corpus, run, group, tools), FailureNote(config["run"])
     if note.read() is not None:
-        return
+        return None
     try:
-        network = trainer()
-        Finisher(trainer.settings, corpus, run, group, tools)(network, run.records()[-1])
+        with watchdog:
+            network = trainer()
+            Finisher(trainer.settings, corpus, run, group, tools)(network, run.records()[-1])
+    except Leaving:
+        return LEAVING
     except Stopped:
-        return  # a failure would be a reason to start again
+        pass  # a failure would be a reason to start again
     except (ValueError, FloatingPointError) as error:
         note.write(error)
         raise
+    return None

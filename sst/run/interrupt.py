@@ -4,10 +4,13 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import TypeVar
 
 from cluster import storage
 from sst.errors import Terminated
 from sst.train.run_directory import RunDirectory
+
+T = TypeVar("T")
 
 
 class StopFlag:
@@ -53,12 +56,16 @@ class FailureNote:
         return said
 
 
-def run_stoppably(work: Callable[[], object], stop: StopFlag) -> None:
+def run_stoppably(work: Callable[[], T], stop: StopFlag, check: Callable[[], None] = lambda: None) -> T:
     """Runs some work, whose end the first signal asks for and the second does not wait for.
 
     Args:
         work: returns soon after the flag is up. It runs in a thread, so that it cannot take the signals over.
         stop: is put up by the first signal.
+        check: is called again and again while the work goes on; what it raises ends the waiting for it.
+
+    Returns:
+        What the work returns.
 
     Raises:
         KeyboardInterrupt: after a signal, when the work has ended; at once after a second one.
@@ -66,15 +73,15 @@ def run_stoppably(work: Callable[[], object], stop: StopFlag) -> None:
     """
     stop.take_down()
     if threading.current_thread() is not threading.main_thread():
-        work()
-        return
+        return work()
     failures: list[BaseException] = []
+    results: list[T] = []
     signals: list[int] = []
     asked = threading.Event()
 
     def run() -> None:
         try:
-            work()
+            results.append(work())
         except BaseException as error:  # handed to the main thread
             failures.append(error)
 
@@ -92,6 +99,7 @@ def run_stoppably(work: Callable[[], object], stop: StopFlag) -> None:
         given = False
         while thread.is_alive():
             thread.join(0.2)
+            check()
             if asked.is_set() and not given:
                 stop.put_up()
                 given = True
@@ -103,6 +111,7 @@ def run_stoppably(work: Callable[[], object], stop: StopFlag) -> None:
         raise failures[0]
     if signals:
         raise interruption(signals[0])
+    return results[0]
 
 
 def interruption(number: int) -> KeyboardInterrupt:

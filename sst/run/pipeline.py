@@ -11,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from cluster import storage
+from cluster.dispatch import HangError
 from sst.config import TrainSettings
 from sst.data.corpus import Corpus, open_corpus
-from sst.errors import UserError, terminable
+from sst.errors import RunFailedError, UserError, terminable
 from sst.outputs import NewDirectory
 from sst.predict.export import as_onnx, exported_program, mlflow_files
 from sst.report.advice import seen_on_the_way
@@ -23,13 +24,10 @@ from sst.run.claim import as_begun, claim, with_absolute_weights
 from sst.run.console import Show
 from sst.run.distributed import (
     beside_workers,
-    check_local_cpus,
     detector_gpus,
-    joins_cluster,
     kmeans_backend,
     ray_tools,
     start_kmeans,
-    start_ray,
     train_on_workers,
 )
 from sst.run.lock import RunHeldError, RunLock
@@ -37,6 +35,7 @@ from sst.run.metrics import MetricsFile, MetricsReader
 from sst.run.placement import Placement, place
 from sst.run.preflight import check_disk, check_nodes
 from sst.run.provenance import provenance
+from sst.run.ray_cluster import check_local_cpus, joins_cluster, start_ray
 from sst.run.tracking import Tracker, Tracking
 from sst.train.first_round import find_keypoints, make_first_round
 from sst.train.keypoints import generic_detector
@@ -119,6 +118,9 @@ def tracked_run(
                 make_first_round(settings, corpus, run, tools, keypoints)
             except ValueError as error:
                 raise UserError(str(error)) from error
+            except HangError as error:
+                advice = "if it may take that long, give a larger --resources.hang-minutes"
+                raise RunFailedError(f"{error}; {advice}") from error
             if not run.has_model():
                 train_on_workers(settings, corpus.url, run.url, beside_workers(actor, settings, gpu), gpu)
         unwell = seen_on_the_way(MetricsReader(run.url).new_lines())

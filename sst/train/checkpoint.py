@@ -5,8 +5,10 @@ file, so the latest directory whose record and hashes agree is the one to go on 
 """
 
 import logging
-from collections.abc import Mapping
-from typing import Annotated, Any
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load, save
@@ -18,6 +20,16 @@ logger = logging.getLogger(__name__)
 
 KEEP = 2
 """Checkpoints that are kept; the older one is there if the newer is damaged."""
+
+
+LEAST_SECONDS = 30.0
+"""Time between two checkpoints inside a phase, at least."""
+
+HELD_SHARE = 0.01
+"""Share of the time for which checkpoints may hold training up."""
+
+Tensors = dict[str, dict[str, Tensor]]
+"""Contents of a checkpoint: tensors by name, by file."""
 
 
 class CheckpointRecord(BaseModel):
@@ -51,29 +63,90 @@ def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
-def write_checkpoint(
-    directory: str, model: nn.Module, optimizer: Mapping[str, Tensor], **position: Any
-) -> CheckpointRecord:
+def copied(model: nn.Module, optimizer: Mapping[str, Tensor]) -> Tensors:
+    """What a checkpoint holds, in memory of its own, so that training may go on while it is written.
+
+    Args:
+        model: without DDP wrapper.
+        optimizer: the state of its optimizer, by name.
+    """
+
+    def copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+
+    return {"model.safetensors": copy(model.state_dict()), "optimizer.safetensors": copy(optimizer)}
+
+
+def write_checkpoint(directory: str, contents: Tensors, **position: Any) -> CheckpointRecord:
     """Writes a checkpoint and removes those older than the last `KEEP`.
 
     Args:
         directory: the run's checkpoints directory.
-        model: without DDP wrapper.
-        optimizer: the state of its optimizer, by name.
+        contents: see `copied`.
         **position: fields of `CheckpointRecord`, without files.
     """
     url = storage.join(directory, f"{position['step']:010d}")
-    contents = {
-        "model.safetensors": save(_plain(model.state_dict())),
-        "optimizer.safetensors": save(_plain(optimizer)),
-    }
-    for name, data in contents.items():
-        storage.write_bytes(storage.join(url, name), data)
-    hashes = {name: storage.sha256(data) for name, data in contents.items()}
+    hashes = {name: _write_file(storage.join(url, name), tensors) for name, tensors in contents.items()}
     record = CheckpointRecord(files=hashes, **position)
     storage.write_json(storage.join(url, "record.json"), record.model_dump())
     _tidy(directory, f"{record.step:010d}")
     return record
+
+
+def _write_file(url: str, tensors: dict[str, Tensor]) -> str:
+    """Writes a file of a checkpoint; returns its sha256."""
+    data = save(tensors)
+    storage.write_bytes(url, data)
+    return storage.sha256(data)
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints, while inside: those inside a phase beside training, from a copy."""
+
+    def __init__(self, directory: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """Takes the run's checkpoints directory, and what tells the time in seconds."""
+        self._directory, self._clock = directory, clock
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[CheckpointRecord] | None = None
+        self._last, self._held = clock(), 0.0
+
+    def due(self) -> bool:
+        """Whether it is time for the next one: they are to hold training up for a hundredth of the time at most."""
+        if self._pending is not None and not self._pending.done():
+            return False
+        return self._clock() - self._last >= max(LEAST_SECONDS, self._held / HELD_SHARE)
+
+    def write(self, model: nn.Module, optimizer: Mapping[str, Tensor], *, beside: bool, **position: Any) -> None:
+        """Writes a checkpoint; see `copied` and `write_checkpoint`.
+
+        Args:
+            model: without DDP wrapper.
+            optimizer: the state of its optimizer, by name.
+            beside: whether this returns as soon as there is a copy, and not when it is written.
+            **position: fields of `CheckpointRecord`, without files.
+
+        Raises:
+            Exception: what went wrong in writing this one or, beside training, the one before.
+        """
+        began = self._clock()
+        self.settle()
+        self._pending = self._pool.submit(write_checkpoint, self._directory, copied(model, optimizer), **position)
+        if not beside:
+            self.settle()
+        self._last = self._clock()
+        self._held = self._last - began
+
+    def settle(self) -> None:
+        """Returns when what was begun is written; raises what went wrong in it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown()
 
 
 def _tidy(directory: str, latest: str) -> None:

@@ -16,13 +16,13 @@ from cluster import storage
 from sst.config import TrainSettings
 from sst.data.corpus import Corpus
 from sst.data.loader import Undecodable, batches, training_examples
-from sst.errors import Stopped, Unwell
+from sst.errors import Leaving, Stopped, Unwell
 from sst.nn.network import DetectorDescriptor, LandmarkDetector, use_kernels
 from sst.nn.optimizer import Update
 from sst.nn.precision import Precision, laid_out, uses_bf16
 from sst.nn.replay import own_stream, seeded, training_step
 from sst.nn.steps import Batch, Losses, stage1_losses, stage2_losses
-from sst.train.checkpoint import latest_checkpoint, write_checkpoint
+from sst.train.checkpoint import CheckpointWriter, latest_checkpoint
 from sst.train.health import Watch, dead_scales, signs
 from sst.train.meters import Meter, Skips
 from sst.train.refinement import settled
@@ -64,6 +64,7 @@ class Trainer:
         self.undecodable = Undecodable()
         self.skips = Skips(group, run, tools)
         self.watch = Watch(signs(settings))
+        self.checkpoints = CheckpointWriter(run.checkpoints_url)
 
     def __call__(self) -> LandmarkDetector:
         """Runs what is left of the run, from the latest checkpoint on; round 0 must be there.
@@ -73,12 +74,13 @@ class Trainer:
 
         Raises:
             FloatingPointError: if losses stay without a finite value.
+            Leaving: after a checkpoint, when a machine of the group is about to be taken away.
             RuntimeError: if a GPU's memory is full; the message has what to try.
             Stopped: after a checkpoint, if `tools.stop` asks for it.
             Unwell: after a checkpoint, at a sign that the run comes to nothing, if `stop_when_unwell` is set.
             ValueError: if a shard or record is damaged, or too few descriptors are found.
         """
-        with own_stream(self.group.device):
+        with own_stream(self.group.device), self.checkpoints:
             return self._run()
 
     def _run(self) -> LandmarkDetector:
@@ -109,6 +111,7 @@ class Trainer:
 
     def _make_round(self, rounds: RoundMaker, record: RoundRecord, following: Phase) -> None:
         """Makes the labels that the following phase is trained on."""
+        self.tools.at(f"making the labels of {following.name}")
         network = self.learner.network.eval()
         if isinstance(network, DetectorDescriptor):
             rounds.correspondence(network, record, following.first_step)
@@ -137,9 +140,11 @@ class Trainer:
         meter = Meter(phase, self.group.world)
         stream = self.stream(phase, done, record) if done < phase.steps else iter(())
         for step in range(done, phase.steps):
+            global_step = phase.first_step + step
+            self.tools.at(f"waiting for the images of step {global_step}")
             with meter.waiting():
                 batch = next(stream).to(self.group.device)
-            global_step = phase.first_step + step
+            self.tools.at(f"in step {global_step}")
             seed = derived_seed(self.settings.seed, STEP_SEED, self.group.rank, global_step)
             rate = learning_rate(self.settings, phase, step)
             learner.update.set_rate(rate)
@@ -147,19 +152,24 @@ class Trainer:
             self.skips.add(global_step, batch.keys, seen.pop("finite"))
             meter.add(seen)
             last = step + 1 == phase.steps
-            unwell = False
-            if (step + 1) % LOG_STEPS == 0 or last:
+            unwell, looks = False, (step + 1) % LOG_STEPS == 0 or last
+            if looks:
                 line = meter.line(global_step + 1, step + 1, self._weights_metrics()) | {"learning_rate": rate}
                 self.tools.log(line)
                 unwell = self._unwell(line, phase.stage_step + step + 1)
-            stop = unwell or ((global_step + 1) % LOG_STEPS == 0 and self._stop_asked())
-            saves = (step + 1) % self.settings.resources.checkpoint_steps == 0 or last or stop
-            if (step + 1) % LOG_STEPS == 0 or saves:
+            asks = (global_step + 1) % LOG_STEPS == 0
+            stop = Unwell if unwell else self._stop_asked() if asks else None
+            if looks or stop or self._has_its_step(step + 1):
                 self.skips.look()
-            if saves:
+            if last or stop:
                 self._checkpoint(index, step + 1)
+                self.group.wait()
+            elif self._has_its_step(step + 1) or (looks and self._has_its_time()):
+                self._checkpoint(index, step + 1, beside=True)
             if stop:
-                raise Unwell if unwell else Stopped
+                if stop is Leaving:
+                    self.tools.log({"kind": "leaving", "step": global_step + 1})
+                raise stop
         reasons = {key: why for each in self.group.gather(self.undecodable.reasons) for key, why in each.items()}
         if reasons:
             self.tools.log({"kind": "undecodable", "samples": reasons})
@@ -189,9 +199,20 @@ class Trainer:
         active, two = torch.tensor(record.active, device=device), self.settings.stage2_step()
         return lambda batch, generator: stage2_losses(wrapped, batch, active, two, generator, partner)
 
-    def _stop_asked(self) -> bool:
-        """Whether the run is to end; all workers answer alike."""
-        return any(self.group.gather(self.group.rank == 0 and self.tools.stop()))
+    def _stop_asked(self) -> type[Stopped] | None:
+        """Why the run is to end here, if it is; all workers answer alike."""
+        if any(self.group.gather(self.group.rank == 0 and self.tools.stop())):
+            return Stopped
+        return Leaving if self.tools.leaving() else None
+
+    def _has_its_step(self, phase_step: int) -> bool:
+        """Whether a checkpoint is asked for after so many steps of a phase."""
+        every = self.settings.resources.checkpoint_steps
+        return every is not None and phase_step % every == 0
+
+    def _has_its_time(self) -> bool:
+        """Whether it is time for a checkpoint; only the worker that writes it knows."""
+        return self.settings.resources.checkpoint_steps is None and self.group.rank == 0 and self.checkpoints.due()
 
     def _weights_metrics(self) -> dict[str, Tensor]:
         """What the weights and their gradients tell of the run's health; scalars on the device."""
@@ -267,20 +288,20 @@ class Trainer:
         """sha256 of what the result depends on."""
         return storage.sha256(self.settings.method_json().encode())
 
-    def _checkpoint(self, index: int, phase_step: int) -> None:
+    def _checkpoint(self, index: int, phase_step: int, beside: bool = False) -> None:
+        """The first worker writes a checkpoint, and goes on meanwhile if it may."""
         phase = self.phases[index]
         if self.group.rank == 0:
-            write_checkpoint(
-                self.run.checkpoints_url,
+            self.checkpoints.write(
                 self.learner.network,
                 self.learner.update.state(),
+                beside=beside,
                 step=phase.first_step + phase_step,
                 phase=index,
                 phase_step=phase_step,
                 stage=phase.stage,
                 settings=self._settings_hash,
             )
-        self.group.wait()
 
 
 def out_of_memory(settings: TrainSettings, stage: int) -> str:

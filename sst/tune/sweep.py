@@ -23,11 +23,11 @@ from sst.data.corpus import open_corpus
 from sst.environment import set_environment
 from sst.errors import RunFailedError, UserError
 from sst.progress import clock
-from sst.run.distributed import joins_cluster, start_ray
 from sst.run.lock import RunLock
 from sst.run.metrics import MetricsReader
 from sst.run.pipeline import train_run
 from sst.run.placement import Machine, gpu_room, place_trial
+from sst.run.ray_cluster import joins_cluster, start_ray
 from sst.run.tracking import Tracker, Tracking, noted_run
 from sst.train.first_round import keypoints_hash
 from sst.train.run_directory import RunDirectory

@@ -151,31 +151,97 @@ def test_a_mistake_fails_the_job_and_says_why(hosts):
     assert lost.returncode != 0 and "--runs runs" in lost.stdout and "failed" in lost.stdout
 
 
-def test_an_elastic_run_goes_on_with_the_hosts_that_are_left_and_takes_new_ones(hosts, folder):
-    hosts.submit("jobs.pack", *PACK, "--out", "s3://corpus/elastic/shards")
-    places = "--shards s3://corpus/elastic/shards --runs s3://corpus/elastic --name run --workers 2:3".split()
-    longer = ["--stage2.iterations", "1500", "--stage2.merge-every", "150", "--resources.checkpoint-steps", "20"]
-    tracking = ["--tracking", f"sqlite:///{folder}/elastic.db"]
-    command = [str(SCRIPT), "submit", "--", "python", "-m", "jobs.train", *TRAIN, *longer, *places, *tracking]
-    log = folder / "elastic.log"
+class Job:
+    """A submitted training, whose log is read while it runs."""
 
-    def steps() -> list[str]:
-        return [line for line in log.read_text().splitlines() if "img/s" in line]
+    def __init__(self, hosts: Hosts, folder: Path, name: str, *options: str) -> None:
+        tracking = ["--tracking", f"sqlite:///{folder}/{name}.db", "--name", name]
+        self.log = folder / f"{name}-{time.monotonic()}.log"
+        with open(self.log, "w") as file:
+            self.process = subprocess.Popen(
+                [str(SCRIPT), "submit", "--", "python", "-m", "jobs.train", *TRAIN, *options, *tracking],
+                env=hosts.environment,
+                stdout=file,
+                stderr=file,
+            )
+        self.end = time.monotonic() + 1500
 
-    def wait_for_steps(number: int) -> None:
-        while len(steps()) < number:
-            assert job.poll() is None and time.monotonic() < end, log.read_text()
+    def said(self, text: str = "img/s") -> list[str]:
+        return [line for line in self.log.read_text().splitlines() if text in line]
+
+    def wait_for(self, number: int, text: str = "img/s") -> None:
+        while len(self.said(text)) < number:
+            assert self.process.poll() is None and time.monotonic() < self.end, self.log.read_text()
             time.sleep(0.5)
 
-    end = time.monotonic() + 1500
-    with open(log, "w") as file, subprocess.Popen(command, env=hosts.environment, stdout=file, stderr=file) as job:
-        wait_for_steps(2)
-        hosts("kill", "2")
-        wait_for_steps(len(steps()) + 5)
-        hosts("boot", "2")
-        assert job.wait() == 0, log.read_text()
-    metrics = "s3://corpus/elastic/run/metrics.jsonl"
-    read = hosts.python(f"import fsspec; print(fsspec.open('{metrics}', 'rt').open().read())")
-    told = [json.loads(line) for line in read.stdout.splitlines() if '"kind": "step"' in line]
-    assert [workers for workers, _ in groupby(line["workers"] for line in told)] == [3, 2, 3]
-    assert told[-1]["phase_step"] == told[-1]["phase_steps"]
+    def finish(self) -> None:
+        assert self.process.wait() == 0, self.log.read_text()
+
+
+LONGER = ["--stage2.iterations", "1500", "--stage2.merge-every", "150", "--resources.checkpoint-steps", "20"]
+
+
+def metrics_of(hosts: Hosts, url: str) -> list[dict]:
+    read = hosts.python(f"import fsspec; print(fsspec.open('{url}/metrics.jsonl', 'rt').open().read())")
+    return [json.loads(line) for line in read.stdout.splitlines() if line.startswith("{")]
+
+
+def workers_of(told: list[dict]) -> list[int]:
+    return [workers for workers, _ in groupby(line["workers"] for line in told if line["kind"] == "step")]
+
+
+def test_an_elastic_run_goes_on_with_the_hosts_that_are_left_and_takes_new_ones(hosts, folder):
+    hosts.submit("jobs.pack", *PACK, "--out", "s3://corpus/elastic/shards")
+    places = "--shards s3://corpus/elastic/shards --runs s3://corpus/elastic --workers 2:3".split()
+    job = Job(hosts, folder, "killed", *LONGER, *places)
+    job.wait_for(2)
+    hosts("kill", "2")
+    job.wait_for(len(job.said()) + 5)
+    hosts("boot", "2")
+    job.finish()
+    told = metrics_of(hosts, "s3://corpus/elastic/killed")
+    assert workers_of(told) == [3, 2, 3]
+    last = [line for line in told if line["kind"] == "step"][-1]
+    assert last["phase_step"] == last["phase_steps"]
+
+
+def test_a_host_that_is_taken_away_with_notice_costs_not_a_step(hosts, folder):
+    hosts.submit("jobs.pack", *PACK, "--out", "s3://corpus/drained/shards")
+    places = "--shards s3://corpus/drained/shards --runs s3://corpus/drained --workers 2:3".split()
+    rare = [*LONGER[:-1], "100000", "--resources.max-failures", "0"]
+    job = Job(hosts, folder, "drained", *rare, *places)
+    job.wait_for(2)
+    hosts("drain", "2")
+    job.wait_for(1, "is about to be taken away")
+    job.wait_for(len(job.said()) + 2)
+    hosts("kill", "2")
+    hosts("boot", "2")
+    job.finish()
+    told = metrics_of(hosts, "s3://corpus/drained/drained")
+    left = next(number for number, line in enumerate(told) if line["kind"] == "leaving")
+    assert told[left]["step"] > 20
+    resumed = next(line for line in told[left:] if line["kind"] == "resume")
+    assert resumed["step"] == told[left]["step"]
+    assert workers_of(told) == [3, 2, 3]
+
+
+def test_the_same_command_goes_on_with_a_run_whose_cluster_was_lost_with_its_head(hosts, folder):
+    """Runs after the others: the store is on the head, so this run lies in a folder that all hosts see."""
+    module = [sys.executable, "-m"]
+    subprocess.run([*module, "jobs.pack", *PACK, "--out", str(folder / "shards"), "--overwrite"], check=True, cwd=ROOT)
+    places = ["--shards", str(folder / "shards"), "--runs", str(folder)]
+    for name in ("undisturbed", "headless"):
+        job = Job(hosts, folder, name, *places)
+        if name == "headless":
+            job.wait_for(1, "round 1 ")
+            for host in range(3):
+                hosts("kill", str(host))
+            job.process.kill()
+            for host in range(3):
+                hosts("boot", str(host))
+            job = Job(hosts, folder, name, *places)
+        job.finish()
+    assert job.said("resumed after step")
+    undisturbed, headless = files(folder / "undisturbed"), files(folder / "headless")
+    weights = [name for name in undisturbed if name.endswith(".safetensors") and name.startswith("model/")]
+    assert len(weights) == 1 and undisturbed[weights[0]] == headless[weights[0]]

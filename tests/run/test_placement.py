@@ -10,8 +10,9 @@ from cluster.dispatch import RayMap
 from sst.config import ClusterSettings, ResourceSettings, TrainSettings
 from sst.errors import UserError
 from sst.presets import PRESETS
-from sst.run.distributed import TASK_CPUS, detector_gpus, kmeans_gpus, machine_of
+from sst.run.distributed import TASK_CPUS, detector_gpus, kmeans_gpus
 from sst.run.placement import Machine, place, place_trial
+from sst.run.ray_cluster import machine_of
 from sst.tune.sweep import room_for
 from tests.small import SETTINGS
 

@@ -32,13 +32,15 @@ CASES = [
 ]
 
 
-def run_driver(folder: Path, shards: Path, name: str, fault: Path | None) -> subprocess.CompletedProcess[str]:
+def run_driver(
+    folder: Path, shards: Path, name: str, fault: Path | None, *more: str
+) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "FAULT")}
     environment |= {"PYTHONPATH": os.getcwd(), "RAY_AUTH_MODE": "disabled", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
     if fault is not None:
         environment["FAULT"] = str(fault)
     return subprocess.run(
-        [sys.executable, "-c", DRIVER, *arguments(folder, shards, name)],
+        [sys.executable, "-c", DRIVER, *arguments(folder, shards, name), *more],
         env=environment,
         capture_output=True,
         text=True,
@@ -73,6 +75,33 @@ def test_a_killed_process_costs_nothing_of_the_result(undisturbed, folder, shard
     assert not list(run.rglob("*.tmp")) and not (run / "lock.json").exists()
     kinds = [line["kind"] for line in lines(run)]
     assert ("resume" in kinds) == (victim == "worker" or (victim == "driver" and place not in NO_CHECKPOINT_YET))
+
+
+HANGS = {
+    ("worker", "stage 1"): "has given no sign of life for",
+    ("actor", "k-means"): "k-means gave no answer (fit) for 15 s; it is started again",
+    ("task", "assignment"): "got done in 15 s; they are begun again",
+}
+"""Who is stopped where, and what is said of it."""
+
+
+@pytest.mark.parametrize(
+    ("victim", "place"),
+    [pytest.param(*case, marks=[] if case == ("worker", "stage 1") else pytest.mark.slow) for case in HANGS],
+)
+def test_a_process_that_hangs_is_ended_and_named_and_costs_nothing_of_the_result(
+    undisturbed, folder, shards, victim, place
+):
+    name = f"hang-{victim}"
+    run, fault = folder / "runs" / name, folder / f"{name}.json"
+    fault.write_text(json.dumps({"place": place, "victim": victim, "signal": "SIGSTOP"}))
+    done = run_driver(folder, shards, name, fault, "--resources.hang-minutes", "0.5")
+    assert fault.with_name(fault.name + ".fired").exists() and done.returncode == 0, done.stderr
+    assert model_bytes(run) == model_bytes(undisturbed)
+    assert all_labels(run) == all_labels(undisturbed)
+    said = [line["text"] for line in lines(run) if line["kind"] == "hang"]
+    assert len(said) == 1 and HANGS[victim, place] in said[0], said
+    assert f"warning: {said[0]}" in done.stdout
 
 
 NO_CHECKPOINT_YET = ("assignment",)

@@ -1,5 +1,8 @@
 """The train loop in one process: phases, rounds, checkpoints, and going on after a crash."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import simplejpeg
@@ -13,12 +16,11 @@ from sst.config import ResourceSettings, Stage1Settings, Stage2Settings, TrainSe
 from sst.corpora.drawings import draw
 from sst.data.corpus import Corpus
 from sst.data.shards import SampleMeta, ShardWriter
-from sst.errors import Stopped
+from sst.errors import Leaving, Stopped
 from sst.nn.network import LandmarkDetector
-from sst.nn.optimizer import Update
 from sst.nn.steps import stage1_losses, stage2_losses
 from sst.train import extraction
-from sst.train.checkpoint import latest_checkpoint, write_checkpoint
+from sst.train.checkpoint import latest_checkpoint
 from sst.train.model import load_model
 from sst.train.run_directory import RunDirectory
 from sst.train.schedule import derived_seed, plan
@@ -144,6 +146,31 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_from_there(finished, corp
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == (
         undisturbed / "model" / "model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("every", [5, 20])
+def test_at_the_notice_of_a_machine_that_goes_not_a_step_is_lost(finished, corpus, tmp_path, monkeypatch, every):
+    monkeypatch.setattr("sst.train.trainer.LOG_STEPS", every)
+    undisturbed, noticed, lines = finished[0], iter([True]), []
+    tools = local_tools(lines)
+    with pytest.raises(Leaving):
+        train_locally(corpus, str(tmp_path), replace(tools, leaving=lambda: next(noticed)))
+    assert lines[-1] == {"kind": "leaving", "step": every}
+    lines.clear()
+    train_locally(corpus, str(tmp_path), tools)
+    assert [line["step"] for line in lines if line["kind"] == "resume"] == [every]
+    assert model_of(tmp_path) == model_of(undisturbed)
+
+
+def model_of(run: Path) -> bytes:
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+def test_a_worker_says_where_it_is(corpus, tmp_path):
+    places: list[str] = []
+    train_locally(corpus, str(tmp_path), replace(local_tools([]), at=places.append))
+    assert places[:3] == ["waiting for the images of step 0", "in step 0", "waiting for the images of step 1"]
+    assert "making the labels of round 1" in places and "making the labels of landmarks" in places
 
 
 def test_other_settings_do_not_take_over_a_checkpoint(finished, corpus):
@@ -279,34 +306,13 @@ def test_a_run_goes_on_with_other_resources(corpus, tmp_path):
 def test_no_skipped_step_is_unreported_when_a_checkpoint_goes_beyond_it(corpus, tmp_path, monkeypatch):
     pending, write = [], Trainer._checkpoint
 
-    def checkpoint(trainer: Trainer, index: int, phase_step: int) -> None:
+    def checkpoint(trainer: Trainer, index: int, phase_step: int, beside: bool = False) -> None:
         pending.append(len(trainer.skips.noted))
-        write(trainer, index, phase_step)
+        write(trainer, index, phase_step, beside)
 
     monkeypatch.setattr(Trainer, "_checkpoint", checkpoint)
     train_locally(corpus, str(tmp_path), local_tools([]))
     assert len(pending) > 6 and not any(pending)
-
-
-def test_checkpoints_are_kept_so_that_a_valid_one_is_always_there(tmp_path):
-    model = torch.nn.Linear(2, 2)
-    optimizer = Update(model, 0.01, 0.0).state()
-
-    def write(step: int) -> list[int]:
-        position = {"step": step, "phase": 0, "phase_step": step, "stage": 1, "settings": ""}
-        write_checkpoint(str(tmp_path), model, optimizer, **position)
-        return sorted(int(path.name) for path in tmp_path.iterdir())
-
-    assert [write(step) for step in (10, 20, 30)] == [[10], [10, 20], [20, 30]]
-    # A crash between two files of a later one, and an unknown file.
-    (tmp_path / f"{40:010d}").mkdir()
-    (tmp_path / f"{40:010d}" / "model.safetensors").write_bytes(b"half")
-    found = latest_checkpoint(str(tmp_path))
-    assert found is not None and found[0].step == 30
-    assert write(35) == [30, 35]
-    # The newest is damaged: training goes on from the one before, and what it writes there outlives the damaged one.
-    (tmp_path / f"{35:010d}" / "model.safetensors").write_bytes(b"damaged")
-    assert write(32) == [30, 32]
 
 
 def test_images_without_any_keypoint_are_legal_everywhere(tmp_path):
