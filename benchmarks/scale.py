@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 import tyro
 
 from benchmarks.common import machine, print_table
@@ -188,6 +189,7 @@ def main(
         one: measures this number of shards in this process and prints JSON.
         tasks: whether Ray tasks are measured too.
     """
+    torch.set_num_threads(1)  # as many do not help with so little
     if one:
         where = Path(tempfile.mkdtemp(dir=folder))
         try:
