@@ -25,6 +25,9 @@ Sample = Sequence[tuple[str, np.ndarray]]
 FitKMeans = Callable[[Sample], KMeansResult]
 """Fits centroids on a sample."""
 
+SAMPLED_SHARDS = 2_000
+"""Shards whose descriptors k-means reads at most: of ten million images there are 200 GB in forty thousand."""
+
 SAME_PLACE = 1.5
 """Heatmap cells within which a point and a label of the round before are the same place: a neighbouring cell counts."""
 
@@ -110,7 +113,7 @@ def correspond(
     Source: Mallis et al. 2020, section 3.2.
     """
     shards, started = sorted(rows_per_shard), time.monotonic()
-    rows = sample_rows([rows_per_shard[shard] for shard in shards], sample, seed)
+    rows = sample_rows([rows_per_shard[shard] for shard in shards], sample, seed, SAMPLED_SHARDS)
     pairs = zip(shards, rows, strict=True)
     kmeans = fit([(shard_url(descriptors, shard), chosen) for shard, chosen in pairs])
     if previous:

@@ -4,9 +4,14 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+LARGE = 10_000
+"""Bytes from which on an argument is worth an object of its own."""
 
 TRIES = 3
 """How often a call that does not return is made."""
@@ -74,11 +79,21 @@ class RayMap:
         window = max(2, int(ray.cluster_resources().get("CPU", 1)))
         results: dict[int, T] = {}
         running: dict[Any, int] = {}
+        sent: dict[int, Any] = {}
+
+        def once(given: Any) -> Any:
+            """Large arrays that many shards share are sent to each node once, not with every task."""
+            if not isinstance(given, np.ndarray) or given.nbytes < LARGE:
+                return given
+            if id(given) not in sent:
+                sent[id(given)] = ray.put(given)
+            return sent[id(given)]
+
         todo, hung = list(range(len(arguments)))[::-1], 0
         while todo or running:
             while todo and len(running) < window:
                 number = todo.pop()
-                running[task.remote(function, *arguments[number])] = number
+                running[task.remote(function, *map(once, arguments[number]))] = number
             if self._collect(function.__name__, running, results, len(arguments)):
                 hung = 0
                 continue

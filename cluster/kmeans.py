@@ -158,13 +158,14 @@ def solve(
     )
 
 
-def sample_rows(rows_per_shard: Sequence[int], size: int, seed: int) -> list[np.ndarray]:
+def sample_rows(rows_per_shard: Sequence[int], size: int, seed: int, max_shards: int | None = None) -> list[np.ndarray]:
     """Draws rows uniformly without replacement over all shards, needing the memory of one shard.
 
     Args:
         rows_per_shard: rows that each shard has.
         size: rows to draw; all rows where there are no more.
         seed: of the draw.
+        max_shards: rows come from at most so many shards, drawn first, so that not all need be read; None: from all.
 
     Returns:
         For each shard its sorted row indices, int64.
@@ -174,6 +175,9 @@ def sample_rows(rows_per_shard: Sequence[int], size: int, seed: int) -> list[np.
     """
     if size < 0:
         raise ValueError(f"a sample of {size} rows cannot be drawn")
+    if max_shards is not None and len(rows_per_shard) > max_shards:
+        read = set(np.random.default_rng([seed, 1]).choice(len(rows_per_shard), max_shards, replace=False).tolist())
+        rows_per_shard = [rows if number in read else 0 for number, rows in enumerate(rows_per_shard)]
     if size >= sum(rows_per_shard):
         return [np.arange(rows, dtype=np.int64) for rows in rows_per_shard]
     rng = np.random.default_rng(seed)

@@ -157,6 +157,30 @@ def size(url: str) -> int:
     return int(_patiently(fs, path, lambda: fs.size(path)))
 
 
+def sizes(url: str) -> dict[str, int]:
+    """Bytes of the files directly inside a directory, by name, from one listing.
+
+    Empty where it does not exist, or the store does not list.
+    """
+    fs, path = filesystem(url)
+    if _is_local(fs):
+        try:
+            with os.scandir(path) as entries:
+                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+    fs.invalidate_cache(path)
+    try:
+        listed = _patiently(fs, path, lambda: fs.ls(path, detail=True))
+    except (FileNotFoundError, NotImplementedError):
+        return {}
+    return {
+        str(entry["name"]).rsplit("/", 1)[-1]: int(entry["size"])
+        for entry in listed
+        if entry.get("type") == "file" and entry.get("size") is not None
+    }
+
+
 def list_names(url: str) -> list[str]:
     """Sorted names directly inside a directory; empty where it does not exist."""
     fs, path = filesystem(url)

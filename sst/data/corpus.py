@@ -1,6 +1,7 @@
 """A corpus: image shards with their manifest."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from cluster import storage
 from sst.data.shards import MANIFEST, Manifest, ShardInfo
@@ -26,10 +27,10 @@ class Corpus:
         manifest.check(url)
         return cls(url, manifest, storage.sha256(storage.read_bytes(storage.join(url, MANIFEST))))
 
-    @property
-    def train(self) -> list[ShardInfo]:
+    @cached_property
+    def train(self) -> tuple[ShardInfo, ...]:
         """Shards of the training split."""
-        return list(self.manifest.shards_of("train"))
+        return self.manifest.shards_of("train")
 
 
 def open_corpus(url: str) -> Corpus:

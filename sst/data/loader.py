@@ -4,6 +4,7 @@ The order is a function of seed, phase and rank alone, so a resumed run skips to
 and skipped as JPEG bytes; only what is trained on is decoded.
 """
 
+import heapq
 import logging
 import threading
 from collections import OrderedDict, deque
@@ -107,11 +108,11 @@ def rank_shards(order: Sequence[int], rank: int, world: int) -> tuple[list[int],
 
 def balanced(shards: Sequence[ShardInfo], world: int) -> list[list[ShardInfo]]:
     """Splits shards over workers, every shard once, evenly by samples (largest first, to the least loaded)."""
-    loads, parts = [0] * world, [[] for _ in range(world)]  # type: tuple[list[int], list[list[ShardInfo]]]
+    loads, parts = [(0, worker) for worker in range(world)], [list[ShardInfo]() for _ in range(world)]
     for shard in sorted(shards, key=lambda shard: (-shard.samples, shard.file)):
-        minimum = loads.index(min(loads))
-        loads[minimum] += shard.samples
-        parts[minimum].append(shard)
+        load, least = loads[0]
+        heapq.heapreplace(loads, (load + shard.samples, least))
+        parts[least].append(shard)
     return parts
 
 

@@ -168,15 +168,15 @@ class Manifest(BaseModel):
             raise ValueError(f"{path}: not a JSON file ({error.__cause__}); {_remove_and_pack(url)}") from error
 
     def check(self, url: str) -> None:
-        """Looks whether every shard is there with the recorded size; cheap, reads no shard.
+        """Looks whether every shard is there with the recorded size; cheap, reads no shard, and lists them once.
 
         Raises:
             ValueError: naming all shards that are missing or of another size.
         """
-        wrong = []
+        wrong, listed = [], storage.sizes(url)
         for shard in self.shards:
             try:
-                size = storage.size(storage.join(url, shard.file))
+                size = listed.get(shard.file) or storage.size(storage.join(url, shard.file))
             except FileNotFoundError:
                 wrong.append(f"{shard.file} is missing ({shard.bytes} bytes expected)")
                 continue

@@ -9,7 +9,10 @@ from cluster import storage
 from sst.train.run_directory import RunDirectory
 
 FLUSH_SECONDS = 5.0
-"""An object store cannot append: there the whole file is put again, at most this often."""
+"""An object store cannot append: there the whole file is put again, at most this often for lines that come often."""
+
+PROGRESS_SECONDS = 1.0
+"""Time between two lines of a pass over shards, of which there may be tens of thousands."""
 
 
 class MetricsFile:
@@ -20,7 +23,7 @@ class MetricsFile:
         self.url = RunDirectory(run_url).metrics_url
         self._path = storage.filesystem(self.url)[1] if storage.is_local(self.url) else None
         self._text = b"" if self._path or not storage.exists(self.url) else storage.read_bytes(self.url)
-        self._flushed = 0.0
+        self._flushed = self._progressed = 0.0
         if self._path:
             os.makedirs(os.path.dirname(self._path), exist_ok=True)
             self._end_torn_line(self._path)
@@ -35,14 +38,18 @@ class MetricsFile:
                     file.write(b"\n")
 
     def write(self, line: dict[str, Any]) -> None:
-        """Appends one line, with the time."""
+        """Appends one line, with the time; of the shards of a pass, one a second and the last."""
+        if line.get("kind") == "shards" and line["done"] < line["total"]:
+            if time.monotonic() - self._progressed < PROGRESS_SECONDS:
+                return
+            self._progressed = time.monotonic()
         text = (json.dumps({"time": round(time.time(), 3)} | line) + "\n").encode()
         if self._path:
             with open(self._path, "ab") as file:
                 file.write(text)
             return
         self._text += text
-        if time.monotonic() - self._flushed > FLUSH_SECONDS or line.get("kind") != "step":
+        if time.monotonic() - self._flushed > FLUSH_SECONDS or line.get("kind") not in ("step", "shards"):
             storage.write_bytes(self.url, self._text)
             self._flushed = time.monotonic()
 

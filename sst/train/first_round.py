@@ -4,6 +4,7 @@ Every step is a task per shard; what travels between them is row counts, a refer
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -162,7 +163,12 @@ def detect_shard(corpus: str, shard: ShardInfo, target: str, settings: TrainSett
 
 
 def inliers(
-    settings: KeypointSettings, shards: list[ShardInfo], raw: str, found: list[int], seed: int, run_on_shards: ShardMap
+    settings: KeypointSettings,
+    shards: Sequence[ShardInfo],
+    raw: str,
+    found: list[int],
+    seed: int,
+    run_on_shards: ShardMap,
 ) -> list[np.ndarray]:
     """Which keypoints of each shard are not outliers, bool (N,)."""
     picked = sample_rows(found, settings.outlier_reference, seed)
@@ -183,7 +189,7 @@ def score_shard(url: str, reference: str, neighbours: int) -> np.ndarray:
 
 
 def background_centroids(
-    settings: TrainSettings, shards: list[ShardInfo], raw: str, seed: int, tools: Tools
+    settings: TrainSettings, shards: Sequence[ShardInfo], raw: str, seed: int, tools: Tools
 ) -> tuple[np.ndarray, np.ndarray]:
     """Centroids of the keypoints on the objects and of those beside them.
 

@@ -7,7 +7,7 @@ it was given, and writes the round's record last.
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from operator import add
 
 import numpy as np
@@ -134,7 +134,7 @@ class RoundMaker:
         """
         number, two, started = previous.number + 1, self.settings.stage2, time.monotonic()
         overlaps = []
-        for done, shard in enumerate(self._mine(), start=1):
+        for done, shard in enumerate(self._mine, start=1):
             predicted = predict_shard(model, self.corpus, shard, self.settings)
             confidence = np.where(previous.active, predicted.confidence, 0.0)
             overlaps.append(
@@ -197,7 +197,7 @@ class RoundMaker:
         active, before = np.array(previous.active), np.array(previous.population)
         seed = derived_seed(self.settings.seed, ROUND_SEED, number)
         parts = []
-        for done, shard in enumerate(self._mine(), start=1):
+        for done, shard in enumerate(self._mine, start=1):
             points, error = agreed_answers(model, self.corpus, shard, self.settings, seed)
             points[:, ~active] = np.nan
             labels_of(points, size).save(labels_url(url, shard.file))
@@ -235,11 +235,13 @@ class RoundMaker:
             self.tools.log(record.line())
         self.group.wait()
 
+    @cached_property
     def _mine(self) -> list[ShardInfo]:
+        """The training shards of this worker."""
         return balanced(self.corpus.train, self.group.world)[self.group.rank]
 
     def _progress(self, what: str, done: int) -> None:
-        self.tools.log({"kind": "shards", "what": what, "done": done, "total": len(self._mine())})
+        self.tools.log({"kind": "shards", "what": what, "done": done, "total": len(self._mine)})
 
     def _extract(self, model: nn.Module, previous: RoundRecord) -> tuple[dict[str, int], int, int]:
         """Writes the descriptor shards of this worker.
@@ -254,7 +256,7 @@ class RoundMaker:
         earlier, enough = (previous, None) if one.unite else (self.run.record(0), one.min_labels)
         with ThreadPoolExecutor(1, thread_name_prefix="save") as pool:
             written: Future[None] | None = None
-            for done, shard in enumerate(self._mine(), start=1):
+            for done, shard in enumerate(self._mine, start=1):
                 descriptors, *counted = extract_descriptors(
                     model,
                     self.corpus.url,

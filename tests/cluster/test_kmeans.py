@@ -372,6 +372,19 @@ def test_sample_is_uniform_over_all_rows() -> None:
     assert np.abs(hits - 800).max() < 5 * 25
 
 
+def test_a_sample_of_few_shards_is_uniform_over_all_rows_too() -> None:
+    hits = np.zeros(120)
+    for seed in range(3000):
+        drawn = sample_rows([20] * 6, 8, seed, max_shards=2)
+        assert sum(len(part) > 0 for part in drawn) <= 2 and sum(map(len, drawn)) == 8
+        for shard, part in enumerate(drawn):
+            hits[20 * shard + part] += 1
+    # each row is drawn with probability 1/15: 200 times, standard deviation 14
+    assert np.abs(hits - 200).max() < 5 * 14
+    for whole, bounded in zip(sample_rows([5, 7], 6, 1), sample_rows([5, 7], 6, 1, max_shards=2), strict=True):
+        assert np.array_equal(whole, bounded)
+
+
 def test_actor_reads_its_sample_and_the_task_writes_labels(tmp_path: object) -> None:
     _, x = blobs(clusters=3, rows=60)
     offsets = np.array([0, 0, 10, 30])

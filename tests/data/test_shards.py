@@ -145,6 +145,25 @@ def test_check_lists_all_that_is_wrong(tmp_path: Path) -> None:
     assert f"shard-00003.tar has {expected - 512} bytes ({expected} expected)" in str(caught.value)
 
 
+@pytest.mark.parametrize("where", ["folder", "memory"])
+def test_a_check_lists_a_corpus_once_and_asks_for_no_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Forty thousand questions to an object store would take half an hour."""
+    url = str(tmp_path) if where == "folder" else f"memory://{tmp_path.name}"
+    manifest = write(url)
+
+    def asked(url: str) -> int:
+        raise AssertionError(f"asked for {url}")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "size", asked)
+        manifest.check(url)
+    storage.remove(f"{url}/shard-00002.tar")
+    with pytest.raises(ValueError, match=r"1 of 4 shards.*shard-00002\.tar is missing"):
+        manifest.check(url)
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_a_cut_or_a_flipped_bit_never_passes(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:

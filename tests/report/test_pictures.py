@@ -1,12 +1,14 @@
 """Figures, report, progress and tracking from plain arrays and lines."""
 
 import io
+import json
 import re
 import time
 
 import numpy as np
 from PIL import Image
 
+from cluster import storage
 from sst.predict.overlay import COLOURS, draw_points
 from sst.progress import clock, duration
 from sst.report import plots
@@ -130,6 +132,23 @@ def test_a_line_cut_short_by_a_crash_does_not_stop_the_resumed_run(tmp_path):
         file.write(b'{"kind": "st')
     MetricsFile(str(tmp_path)).write({"kind": "resume", "step": 1})
     assert [line["kind"] for line in MetricsReader(str(tmp_path)).new_lines()] == ["step", "resume"]
+
+
+def test_a_pass_over_many_shards_puts_its_file_a_few_times_only(tmp_path, monkeypatch):
+    """A put of the whole file for each of 40,000 shards would send 80 GB to an object store."""
+    put, now = [], [100.0]
+    monkeypatch.setattr("sst.run.metrics.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(storage, "write_bytes", lambda url, data: put.append(len(data)))
+    metrics = MetricsFile(f"memory://{tmp_path.name}")
+    for done in range(1, 10_001):
+        now[0] += 0.01
+        metrics.write({"kind": "shards", "what": "extract", "done": done, "total": 10_000})
+    assert len(put) <= 100 / 5 + 2
+    metrics.write({"kind": "round", "round": 1})
+    assert len(put) <= 100 / 5 + 3
+    told = [json.loads(line) for line in metrics._text.splitlines()]
+    assert [line["done"] for line in told if line["kind"] == "shards"][-1] == 10_000
+    assert 90 <= len(told) <= 102 and told[-1]["kind"] == "round"
 
 
 def test_metrics_on_an_object_store_go_on_after_a_resume():
