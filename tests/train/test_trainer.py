@@ -1,6 +1,8 @@
 """The train loop in one process: phases, rounds, checkpoints, and going on after a crash."""
 
+import threading
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from sst.data.shards import SampleMeta, ShardWriter
 from sst.errors import Leaving, Stopped
 from sst.nn.network import LandmarkDetector
 from sst.nn.steps import stage1_losses, stage2_losses
+from sst.run.watchdog import Attendance, Watchdog
 from sst.train import extraction
 from sst.train.checkpoint import latest_checkpoint
 from sst.train.model import load_model
@@ -171,6 +174,30 @@ def test_a_worker_says_where_it_is(corpus, tmp_path):
     train_locally(corpus, str(tmp_path), replace(local_tools([]), at=places.append))
     assert places[:3] == ["waiting for the images of step 0", "in step 0", "waiting for the images of step 1"]
     assert "making the labels of round 1" in places and "making the labels of landmarks" in places
+
+
+def test_a_stream_that_gives_nothing_ends_the_worker_and_is_named(corpus, tmp_path, monkeypatch):
+    ended, said, stream = threading.Event(), list[str](), Trainer.stream
+
+    class EndedError(Exception):
+        """In place of the end of the process."""
+
+    def end(text: str) -> None:
+        said.append(text)
+        ended.set()
+
+    watchdog = Watchdog(0, 1, 3.0, Attendance(), end)
+
+    def drying_up(*given):
+        yield from islice(stream(*given), 3)
+        with watchdog:
+            assert ended.wait(60)
+        raise EndedError
+
+    monkeypatch.setattr(Trainer, "stream", drying_up)
+    with pytest.raises(EndedError):
+        train_locally(corpus, str(tmp_path), replace(local_tools([]), at=watchdog.at))
+    assert "rank 0 waiting for the images of step 3" in said[0]
 
 
 def test_other_settings_do_not_take_over_a_checkpoint(finished, corpus):
