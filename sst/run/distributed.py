@@ -12,7 +12,7 @@ from cluster.actor import start_actor
 from cluster.correspondence import Sample
 from cluster.dispatch import TRIES, HangError, RayMap
 from cluster.kmeans import KMeansResult, KMeansSettings
-from sst.config import ResourceSettings, TrainSettings
+from sst.config import TrainSettings
 from sst.environment import usable_cpus
 from sst.errors import Leaving, RunFailedError, Stopped, UnwellError, UserError
 from sst.run.interrupt import FailureNote, StopFlag, run_stoppably
@@ -37,6 +37,9 @@ GROUP_SECONDS = 300.0
 
 ALONE_GPUS = 0.6
 """Share of a GPU beside which there is no room for another of the same size."""
+
+NETWORK_PATIENCE = 4
+"""So much longer may a shard take in which a network seeks first keypoints, perhaps on a CPU."""
 
 DETECTOR_GPUS = 0.2
 """Share of a GPU of a task that seeks first keypoints by a network: while four of them see images, none waits for one
@@ -89,7 +92,7 @@ def ray_tools(
         RayMap(TASK_CPUS, progress, patience=patience, warn=warn),
         log,
         at=at,
-        detect_on_shards=RayMap(TASK_CPUS, progress, num_gpus, patience, warn),
+        detect_on_shards=RayMap(TASK_CPUS, progress, num_gpus, NETWORK_PATIENCE * patience, warn),
     )
 
 
@@ -197,16 +200,24 @@ def train_on_workers(settings: TrainSettings, corpus_url: str, run_url: str, act
         RunFailedError: if more workers were lost than `max_failures`, or a worker raised; the message is its own.
         UnwellError: if the run ended itself at a sign that it comes to nothing.
     """
+    import ray
     import ray.train
 
     attendance = start_attendance()
     roll, note, stop = RemoteRoll(attendance), FailureNote(run_url), StopFlag(run_url)
     note.take()
+    limit = 2 * 60 * settings.resources.hang_minutes + GROUP_SECONDS
+    needed = {name: settings.resources.min_workers * each for name, each in of_a_worker(settings, gpu).items()}
+
+    def has_room() -> bool:
+        present = ray.cluster_resources()
+        return all(present.get(name, 0.0) >= number for name, number in needed.items())
+
     leaves: Any = True
     while leaves:  # at the notice that a machine is about to be taken away: the workers have saved and ended
         trainer = trainer_of(settings, corpus_url, run_url, actor, attendance, gpu)
         try:
-            leaves = run_stoppably(trainer.fit, stop, SilenceCheck(roll, settings.resources)).return_value == LEAVING
+            leaves = run_stoppably(trainer.fit, stop, SilenceCheck(roll, limit, has_room)).return_value == LEAVING
         except ray.train.TrainingFailedError as error:
             raise RunFailedError(note.take() or "\n".join([*hangs(roll), str(error)])) from None
     if RunDirectory(run_url).has_model():
@@ -217,6 +228,12 @@ def train_on_workers(settings: TrainSettings, corpus_url: str, run_url: str, act
         raise UnwellError(said)
 
 
+def of_a_worker(settings: TrainSettings, gpu: bool) -> dict[str, float]:
+    """What Ray sets aside for each worker."""
+    resources = settings.resources
+    return {"CPU": resources.worker_cpus} | ({"GPU": resources.worker_gpus} if gpu else {})
+
+
 def trainer_of(settings: TrainSettings, corpus_url: str, run_url: str, actor: Any, attendance: Any, gpu: bool) -> Any:
     """The `TorchTrainer` whose workers train what is left of the run."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -225,7 +242,6 @@ def trainer_of(settings: TrainSettings, corpus_url: str, run_url: str, actor: An
     resources = settings.resources
     minimum, maximum = resources.min_workers, resources.max_workers
     number: Any = minimum if minimum == maximum else (minimum, maximum)  # a pair makes Ray Train elastic
-    each = {"CPU": resources.worker_cpus} | ({"GPU": resources.worker_gpus} if gpu else {})
     return TorchTrainer(
         train_loop_per_worker,  # type: ignore[arg-type]
         train_loop_config={
@@ -235,7 +251,7 @@ def trainer_of(settings: TrainSettings, corpus_url: str, run_url: str, actor: An
             "kmeans": actor,
             "attendance": attendance,
         },
-        scaling_config=ScalingConfig(num_workers=number, use_gpu=gpu, resources_per_worker=each),
+        scaling_config=ScalingConfig(num_workers=number, use_gpu=gpu, resources_per_worker=of_a_worker(settings, gpu)),
         run_config=RunConfig(
             name="ray",
             storage_path=run_url,
@@ -247,12 +263,15 @@ def trainer_of(settings: TrainSettings, corpus_url: str, run_url: str, actor: An
 
 
 class SilenceCheck:
-    """Ends a run whose workers do not even begin, as when a cable is cut while they are started."""
+    """Ends a run whose workers do not even begin, as when a cable is cut while they are started.
 
-    def __init__(self, roll: RemoteRoll, resources: ResourceSettings) -> None:
-        """Takes what the workers report to, and for how long there may be nothing."""
-        self._roll, self._limit = roll, 2 * 60 * resources.hang_minutes + GROUP_SECONDS
-        self._next = time.monotonic() + CHECK_SECONDS
+    The time in which the cluster has no room for them, and waits for machines, does not count.
+    """
+
+    def __init__(self, roll: RemoteRoll, limit: float, has_room: Callable[[], bool]) -> None:
+        """Takes what workers report to, the seconds in which there may be nothing, and what says if there is room."""
+        self._roll, self._limit, self._has_room = roll, limit, has_room
+        self._next, self._excused = time.monotonic() + CHECK_SECONDS, 0.0
 
     def __call__(self) -> None:
         """Looks, every few seconds.
@@ -269,7 +288,8 @@ class SilenceCheck:
             quiet = self._roll.quiet()
         except (ray.exceptions.RayError, TimeoutError):
             return
-        if quiet > self._limit:
+        self._excused = min(self._excused, quiet) if self._has_room() else quiet
+        if quiet - self._excused > self._limit:
             raise RunFailedError(f"the workers have given no sign of life for {quiet:.0f} s; is a machine unreachable?")
 
 

@@ -4,7 +4,9 @@ Everything here runs without Ray, alone or in a DDP group. The order of samples 
 (seed, rank, step), so a resumed run repeats what it would have done.
 """
 
+import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -39,6 +41,10 @@ LOG_STEPS = 20
 """Optimizer steps between two lines of metrics; as often it is seen which were skipped, and whether to stop."""
 
 
+ASK_SECONDS = 1.0
+"""Time between two looks at whether to stop, which may ask an object store and all workers."""
+
+
 @dataclass(frozen=True)
 class Learner:
     """A stage's network on its device, with its optimizer.
@@ -65,6 +71,7 @@ class Trainer:
         self.skips = Skips(group, run, tools)
         self.watch = Watch(signs(settings))
         self.checkpoints = CheckpointWriter(run.checkpoints_url)
+        self._asked = -math.inf
 
     def __call__(self) -> LandmarkDetector:
         """Runs what is left of the run, from the latest checkpoint on; round 0 must be there.
@@ -201,9 +208,11 @@ class Trainer:
 
     def _stop_asked(self) -> type[Stopped] | None:
         """Why the run is to end here, if it is; all workers answer alike."""
-        if any(self.group.gather(self.group.rank == 0 and self.tools.stop())):
-            return Stopped
-        return Leaving if self.tools.leaving() else None
+        now = time.monotonic()
+        asks = self.group.rank == 0 and now - self._asked >= ASK_SECONDS
+        self._asked = now if asks else self._asked
+        stop, asks = self.group.gather((asks and self.tools.stop(), asks))[0]
+        return Stopped if stop else Leaving if asks and self.tools.leaving() else None
 
     def _has_its_step(self, phase_step: int) -> bool:
         """Whether a checkpoint is asked for after so many steps of a phase."""

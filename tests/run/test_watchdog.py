@@ -6,9 +6,8 @@ import time
 import pytest
 
 from sst.errors import RunFailedError
-from sst.run.distributed import GROUP_SECONDS, SilenceCheck
+from sst.run.distributed import SilenceCheck
 from sst.run.watchdog import Attendance, Watchdog
-from tests.small import SETTINGS
 
 
 class Clock:
@@ -122,14 +121,20 @@ def test_workers_that_never_begin_end_the_run() -> None:
         def quiet(self) -> float:
             return self.quiet_for
 
-    roll, resources = Silent(), SETTINGS.resources.changed(hang_minutes=1)
-    check = SilenceCheck(roll, resources)  # type: ignore[arg-type]
+    roll, has_room = Silent(), [True]
+    check = SilenceCheck(roll, 120.0, lambda: has_room[0])  # type: ignore[arg-type]
+
+    def after(quiet: float, room: bool = True) -> None:
+        check._next, roll.quiet_for, has_room[0] = 0.0, quiet, room
+        check()
+
     check()
     roll.quiet_for = 1e9
     check()  # it was asked a moment ago
-    check._next = 0.0
-    roll.quiet_for = 119.0 + GROUP_SECONDS
-    check()
-    check._next, roll.quiet_for = 0.0, 121.0 + GROUP_SECONDS
-    with pytest.raises(RunFailedError, match="no sign of life for 421 s"):
-        check()
+    after(119.0)
+    after(500.0, room=False)  # waits for machines
+    after(610.0)
+    after(1.0)  # somebody got further
+    after(100.0)
+    with pytest.raises(RunFailedError, match="no sign of life for 122 s"):
+        after(122.0)
