@@ -178,7 +178,7 @@ class Job:
         assert self.process.wait() == 0, self.log.read_text()
 
 
-LONGER = ["--stage2.iterations", "1500", "--stage2.merge-every", "150", "--resources.checkpoint-steps", "20"]
+LONGER = ["--stage2.iterations", "900", "--stage2.merge-every", "150", "--resources.checkpoint-steps", "20"]
 
 
 def metrics_of(hosts: Hosts, url: str) -> list[dict]:
