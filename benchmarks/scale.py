@@ -178,8 +178,27 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def draw_table(counts: Sequence[int], rows: Sequence[tuple[str, ...]], file: Path) -> None:
+    """Draws milliseconds a shard against the number of shards."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for part, *values in rows:
+        axes.plot(counts, [float(value) for value in values], "o-", label=part)
+    axes.set(xscale="log", yscale="log", xlabel="shards", ylabel="milliseconds a shard")
+    axes.set_xticks(list(counts), [f"{count:,}" for count in counts], minor=False)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(file, dpi=120)
+
+
 def main(
-    counts: Sequence[int] = (400, 4_000, 40_000), folder: Path | None = None, one: int = 0, tasks: bool = True
+    counts: Sequence[int] = (400, 4_000, 40_000),
+    folder: Path | None = None,
+    one: int = 0,
+    tasks: bool = True,
+    plot: Path | None = None,
 ) -> None:
     """Measures and prints.
 
@@ -188,6 +207,7 @@ def main(
         folder: where files are written; taken away afterwards.
         one: measures this number of shards in this process and prints JSON.
         tasks: whether Ray tasks are measured too.
+        plot: picture of the table, to be written.
     """
     torch.set_num_threads(1)  # as many do not help with so little
     if one:
@@ -210,6 +230,8 @@ def main(
     rows = [
         (part, *(f"{1e3 * found[part] / n:.3g}" for found, n in zip(each, counts, strict=True))) for part in each[0]
     ]
+    if plot:
+        draw_table(counts, rows, plot)
     rows.append(("peak memory", *memory))
     print_table(("milliseconds a shard", *(f"{count:,} shards" for count in counts)), rows)
 
