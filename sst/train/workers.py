@@ -41,8 +41,16 @@ class Group:
         return values
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model, with gradients averaged over the group: sent while others are computed, and not copied back."""
+        """The model, with gradients averaged over the group: sent while others are computed, and not copied back.
+
+        After its first step DDP sorts gradients anew into what it sends together, and so adds those of three workers or
+        more in another order than in that step: a resumed run would differ from an undisturbed one in the last bit. Who
+        asks it to look for unused parameters keeps the first order. On GPUs no two runs are equal anyway.
+        """
         if self.world == 1:
             return model
-        devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        on_gpu = self.device.type == "cuda"
+        devices = [self.device] if on_gpu else None
+        return DistributedDataParallel(
+            model, device_ids=devices, gradient_as_bucket_view=True, find_unused_parameters=not on_gpu
+        )

@@ -1,8 +1,10 @@
 """A step's gradient is that of the whole batch, however many workers share it."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,15 +110,49 @@ def work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_have_the_gradient_of_one(tmp_path) -> None:
-    both = [mp.get_context("spawn").Process(target=work, args=(rank, str(tmp_path))) for rank in (0, 1)]
-    for one in both:
+def together(work: Callable[[int, str], None], world: int, folder: Path) -> None:
+    """Runs workers in processes of their own."""
+    every = [mp.get_context("spawn").Process(target=work, args=(rank, str(folder))) for rank in range(world)]
+    for one in every:
         one.start()
     end = time.monotonic() + 150
-    for one in both:
+    for one in every:
         one.join(max(0.0, end - time.monotonic()))
         one.kill()  # where it hangs: two that wait for each other would keep the tests from ending
         one.join()
-    assert [one.exitcode for one in both] == [0, 0]
+    assert [one.exitcode for one in every] == [0] * world
+
+
+def steps(rank: int, folder: str) -> None:
+    """One of three workers: four steps, and once more, beginning anew after two as a resumed run does."""
+    torch.set_num_threads(1)
+    meet = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=3, timeout=timedelta(seconds=60))
+    group, mine = Group(rank, 3), share_of(uneven_batch(), [slice(0, 2), slice(2, 5), slice(5, 8)][rank])
+    ends = []
+    for begins in ((0,), (0, 2)):
+        network = network_of(1)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
+        for step in range(4):
+            if step in begins:
+                wrapped = group.wrap(network)
+            optimizer.zero_grad()
+            losses = losses_of(1, wrapped, mine)
+            (losses.total(group.total(losses.counts)) * group.world).backward()
+            optimizer.step()
+        ends.append([weight.detach().clone() for weight in network.parameters()])
+    if rank == 0:
+        torch.save(ends, f"{folder}/weights")
+    dist.destroy_process_group()
+
+
+def test_three_workers_that_begin_anew_go_on_bit_for_bit(tmp_path) -> None:
+    together(steps, 3, tmp_path)
+    undisturbed, resumed = torch.load(tmp_path / "weights")
+    assert all(torch.equal(one, other) for one, other in zip(undisturbed, resumed, strict=True))
+
+
+def test_two_processes_have_the_gradient_of_one(tmp_path) -> None:
+    together(work, 2, tmp_path)
     for stage, gradient in zip((1, 2), torch.load(tmp_path / "gradients"), strict=True):
         torch.testing.assert_close(gradient, of_workers(stage, 1), atol=1e-6, rtol=1e-4)
