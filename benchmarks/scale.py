@@ -1,10 +1,10 @@
 """Do runs over tens of thousands of shards stay linear? `python -m benchmarks.scale --counts 400 4000 40000`.
 
 What is done for each shard, by the code of a run, with tiny contents: one shard of one small image under many names, a
-network of a few channels, few descriptors. So the seconds are those of the bookkeeping, not of the images; what matters
-is that those of one shard do not grow with their number. Each count is measured in a process of its own, whose peak
-memory is the driver's. Files are written to `--folder`; a part runs against an object store in memory, where every put
-of a growing file would count.
+network that computes its answer once, few descriptors. So the seconds are those of the bookkeeping, not of the images;
+what matters is that those of one shard do not grow with their number. Each count is measured in a process of its own,
+whose peak memory is the driver's. Files are written to `--folder`; a part runs against an object store in memory, where
+every put of a growing file would count.
 """
 
 import json
@@ -18,10 +18,12 @@ import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import tyro
+from torch import Tensor, nn
 
 from benchmarks.common import machine, print_table
 from cluster import storage
@@ -109,6 +111,19 @@ def first_labels(run: RunDirectory, corpus: Corpus) -> RoundRecord:
     return record
 
 
+def at_once(network: nn.Module) -> Any:
+    """The network, in eval mode, that computes its first answer only: as all images are the same, so are the others."""
+    forward, known = network.forward, dict[torch.Size, Any]()
+
+    def again(images: Tensor) -> Any:
+        if images.shape not in known:
+            known[images.shape] = forward(images)
+        return known[images.shape]
+
+    network.forward = again
+    return network.eval()
+
+
 class Seconds:
     """What each part took."""
 
@@ -139,10 +154,10 @@ def measure(folder: Path, shards: int) -> dict[str, float]:
     maker = RoundMaker(SETTINGS, corpus, run, Group(), tools)
     shape = SETTINGS.network.shape
     with seconds.of("labels by correspondence"):
-        maker.correspondence(DetectorDescriptor(shape).eval(), record, 1)
+        maker.correspondence(at_once(DetectorDescriptor(shape)), record, 1)
     parts = run.record(1).seconds
     seconds.taken |= {f"- {name}": parts[name] for name in ("extract", "kmeans", "assign", "metrics")}
-    network = LandmarkDetector(shape, CLUSTERS).eval()
+    network = at_once(LandmarkDetector(shape, CLUSTERS))
     with seconds.of("merging"):
         maker.merge(network, run.record(1), 2)
     with seconds.of("refinement"):

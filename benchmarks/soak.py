@@ -1,8 +1,8 @@
-"""Does a run survive an hour of being killed? `python -m benchmarks.soak --minutes 60 --every 120`.
+"""Does a run survive an hour of being killed and stopped? `python -m benchmarks.soak --minutes 60 --every 120`.
 
 Trains on the embedded corpus twice, with equal settings: once undisturbed, once while a process of the run (a worker,
-the k-means actor or the driver) is killed at random about every so many seconds; a killed driver's command is given
-again.
+the k-means actor or the driver) is killed at random about every so many seconds, or a worker is stopped, so that it
+hangs; a killed driver's command is given again.
 Says whether both ended with equal weights and labels, how much time a kill cost, whether memory grew, and what was left
 over. A kill is recovered from when the run is further than it was at the kill, lost steps done again.
 """
@@ -29,7 +29,7 @@ from sst.run.estimate import scaled
 DEMO_MINUTES = 8.0
 """What the toy-cpu preset takes on two cores."""
 
-VICTIMS = {"worker": "RayTrainWorker", "k-means actor": "KMeansActor"}
+VICTIMS = {"worker": "RayTrainWorker", "stopped worker": "RayTrainWorker", "k-means actor": "KMeansActor"}
 
 
 @dataclass
@@ -58,6 +58,7 @@ def arguments(settings: TrainSettings, folder: Path, name: str) -> list[str]:
         "stage1.round-iterations": one.round_iterations, "stage2.iterations": two.iterations,
         "stage2.refine-rounds": two.refine_rounds, "stage2.refine-iterations": two.refine_iterations,
         "resources.max-failures": 1_000, "resources.checkpoint-steps": 100, "workers": 2,
+        "resources.hang-minutes": 0.5,
     }  # fmt: skip
     words = [word for option, value in given.items() for word in (f"--{option}", str(value))]
     return [sys.executable, "-m", "jobs.train", "toy-cpu", *words]
@@ -83,8 +84,8 @@ def memory_mb(process: psutil.Popen) -> float:
 
 
 def kill_one(process: psutil.Popen, rng: random.Random) -> str | None:
-    """Kills a random process of the run; returns its kind, or None where there is none of the kind drawn."""
-    kind = rng.choice(["worker", "worker", "k-means actor", "driver"])
+    """Kills or stops a random process of the run; returns its kind, or None where there is none of the kind drawn."""
+    kind = rng.choice(["worker", "stopped worker", "k-means actor", "driver"])
     if kind == "driver":
         for each in tree(process):
             each.kill()
@@ -98,7 +99,11 @@ def kill_one(process: psutil.Popen, rng: random.Random) -> str | None:
             continue
     if not found:
         return None
-    rng.choice(found).kill()
+    one = rng.choice(found)
+    if kind == "stopped worker":
+        one.suspend()
+    else:
+        one.kill()
     return kind
 
 
@@ -141,7 +146,7 @@ def watch(command: list[str], run: Path, every: float | None, seed: int) -> Obse
                 next_kill = time.monotonic() + every * rng.uniform(0.5, 1.5)
                 driver_killed = kind == "driver"
                 hurt = hurt or (kind, time.monotonic(), before)
-                print(f"{time.monotonic() - started:6.0f} s: killed the {kind}", flush=True)
+                print(f"{time.monotonic() - started:6.0f} s: {kind}", flush=True)
         if process.returncode == 0:
             seen.seconds = time.monotonic() - started
             return seen
@@ -184,13 +189,13 @@ def main(minutes: float = 60.0, every: float = 120.0, seed: int = 0, images: int
         left_over = sorted(names(runs / "wild") - names(runs / "calm"))
     kills = sum(wild.kills.values())
     thirds = [[mb for at, mb in wild.memory if part <= 3 * at / wild.seconds < part + 1] or [0.0] for part in range(3)]
-    table = Table("", "undisturbed", "disturbed", title=f"soak of {minutes:g} minutes, a kill about every {every:g} s")
+    table = Table("", "undisturbed", "disturbed", title=f"soak of {minutes:g} minutes, a fault about every {every:g} s")
     table.add_row("seconds", f"{calm.seconds:.0f}", f"{wild.seconds:.0f}")
-    table.add_row("kills", "0", ", ".join(f"{count} x {kind}" for kind, count in sorted(wild.kills.items())))
-    table.add_row("seconds lost per kill", "", f"{(wild.seconds - calm.seconds) / max(1, kills):.1f}")
+    table.add_row("faults", "0", ", ".join(f"{count} x {kind}" for kind, count in sorted(wild.kills.items())))
+    table.add_row("seconds lost per fault", "", f"{(wild.seconds - calm.seconds) / max(1, kills):.1f}")
     for kind, seconds in sorted(wild.recoveries.items()):
         spread = f"{statistics.median(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f})"
-        table.add_row(f"seconds to new progress, {kind} killed", "", spread)
+        table.add_row(f"seconds to new progress: {kind}", "", spread)
     peaks = " / ".join(f"{max(part):.0f}" for part in thirds)
     table.add_row("peak memory, MB", f"{max(mb for _, mb in calm.memory):.0f}", f"{peaks} (by thirds)")
     table.add_row("weights, labels, predictions", "", "equal, bit for bit" if equal else "DIFFERENT")
