@@ -374,7 +374,7 @@ def test_a_cuml_that_cannot_work_is_said_once_where_people_look(when, monkeypatc
     def fail(*given):
         raise CumlError("bad_alloc")
 
-    monkeypatch.setattr(ray, "get", lambda value: value)
+    monkeypatch.setattr(ray, "get", lambda value, timeout=None: value)
     monkeypatch.setattr(rapids, "_given_up", [])
     monkeypatch.setattr(rapids, "gpu_here", lambda: True)
     monkeypatch.setattr(rapids, "obstacle", lambda several=False: "bad_alloc" if when == "at the start" else None)
