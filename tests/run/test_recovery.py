@@ -22,9 +22,6 @@ main(sys.argv[1:])
 """
 
 WORKER = ["stage 1", "extraction", "k-means", "assignment", "checkpoint", "stage 2", "merging", "merged labels"]
-QUICK = [("worker", "checkpoint")]
-"""Cases that run with the quick tests; the others take a quarter of an hour."""
-
 CASES = [
     *(("worker", place) for place in [*WORKER, "prediction"]),
     *(("actor", place) for place in ("stage 1", "k-means", "assignment")),
@@ -56,10 +53,8 @@ def no_other_cluster(undisturbed):
     ray.shutdown()
 
 
-@pytest.mark.parametrize(
-    ("victim", "place"),
-    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES],
-)
+@pytest.mark.slow  # a quarter of an hour; with the quick tests one worker that hangs is ended, below
+@pytest.mark.parametrize(("victim", "place"), CASES)
 def test_a_killed_process_costs_nothing_of_the_result(undisturbed, folder, shards, victim, place):
     name = f"{victim}-{place}".replace(" ", "-")
     run, fault = folder / "runs" / name, folder / f"{name}.json"
