@@ -74,8 +74,8 @@ def test_a_killed_process_costs_nothing_of_the_result(undisturbed, folder, shard
 
 HANGS = {
     ("worker", "stage 1"): "has given no sign of life for",
-    ("actor", "k-means"): "k-means gave no answer (fit) for 15 s; it is started again",
-    ("task", "assignment"): "got done in 15 s; they are begun again",
+    ("actor", "k-means"): "k-means gave no answer (fit) for 30 s; it is started again",
+    ("task", "assignment"): "got done in 30 s; they are begun again",
 }
 """Who is stopped where, and what is said of it."""
 
@@ -90,13 +90,14 @@ def test_a_process_that_hangs_is_ended_and_named_and_costs_nothing_of_the_result
     name = f"hang-{victim}"
     run, fault = folder / "runs" / name, folder / f"{name}.json"
     fault.write_text(json.dumps({"place": place, "victim": victim, "signal": "SIGSTOP"}))
-    done = run_driver(folder, shards, name, fault, "--resources.hang-minutes", "0.5")
+    done = run_driver(folder, shards, name, fault, "--resources.hang-minutes", "1")
     assert fault.with_name(fault.name + ".fired").exists() and done.returncode == 0, done.stderr
     assert model_bytes(run) == model_bytes(undisturbed)
     assert all_labels(run) == all_labels(undisturbed)
     said = [line["text"] for line in lines(run) if line["kind"] == "hang"]
-    assert len(said) == 1 and HANGS[victim, place] in said[0], said
-    assert f"warning: {said[0]}" in done.stdout
+    named = [text for text in said if HANGS[victim, place] in text]
+    assert len(named) == 1, said  # on a busy machine others may have waited too
+    assert f"warning: {named[0]}" in done.stdout
 
 
 NO_CHECKPOINT_YET = ("assignment",)
