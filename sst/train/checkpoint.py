@@ -59,8 +59,8 @@ def weights_hash(model: nn.Module) -> str:
     return storage.sha256(save(_plain(model.state_dict())))
 
 
-def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+def _plain(state: Mapping[str, Tensor], copy: bool = False) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=copy).contiguous() for name, tensor in state.items()}
 
 
 def copied(model: nn.Module, optimizer: Mapping[str, Tensor]) -> Tensors:
@@ -70,11 +70,10 @@ def copied(model: nn.Module, optimizer: Mapping[str, Tensor]) -> Tensors:
         model: without DDP wrapper.
         optimizer: the state of its optimizer, by name.
     """
-
-    def copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
-
-    return {"model.safetensors": copy(model.state_dict()), "optimizer.safetensors": copy(optimizer)}
+    return {
+        "model.safetensors": _plain(model.state_dict(), copy=True),
+        "optimizer.safetensors": _plain(optimizer, copy=True),
+    }
 
 
 def write_checkpoint(directory: str, contents: Tensors, **position: Any) -> CheckpointRecord:

@@ -17,13 +17,16 @@ from sst.train.checkpoint import (
 )
 
 
+def position_of(step: int) -> dict:
+    return {"step": step, "phase": 0, "phase_step": step, "stage": 1, "settings": ""}
+
+
 def test_checkpoints_are_kept_so_that_a_valid_one_is_always_there(tmp_path):
     model = torch.nn.Linear(2, 2)
     optimizer = Update(model, 0.01, 0.0).state()
 
     def write(step: int) -> list[int]:
-        position = {"step": step, "phase": 0, "phase_step": step, "stage": 1, "settings": ""}
-        write_checkpoint(str(tmp_path), copied(model, optimizer), **position)
+        write_checkpoint(str(tmp_path), copied(model, optimizer), **position_of(step))
         return sorted(int(path.name) for path in tmp_path.iterdir())
 
     assert [write(step) for step in (10, 20, 30)] == [[10], [10, 20], [20, 30]]
@@ -36,10 +39,6 @@ def test_checkpoints_are_kept_so_that_a_valid_one_is_always_there(tmp_path):
     # The newest is damaged: training goes on from the one before, and what it writes there outlives the damaged one.
     (tmp_path / f"{35:010d}" / "model.safetensors").write_bytes(b"damaged")
     assert write(32) == [30, 32]
-
-
-def position_of(step: int) -> dict:
-    return {"step": step, "phase": 0, "phase_step": step, "stage": 1, "settings": ""}
 
 
 def test_a_checkpoint_holds_the_weights_of_its_step_although_training_goes_on_meanwhile(tmp_path, monkeypatch):
